@@ -1,0 +1,59 @@
+"""The `polyclinic` command. Exit status: 0 done, 1 a failure, 2 a wrong input, 130 stopped on request."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from launch.graph import StageFailed, Stopped
+from moe.errors import InputError
+
+app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+FAILED, WRONG_INPUT, STOPPED = 1, 2, 130
+
+
+@app.callback()
+def about() -> None:
+    """Train mixtures of medical specialty experts, each by its owner. Not for clinical use."""
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML file, such as configs/quickstart.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as anchor.steps=100.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
+) -> None:
+    """Train what CONFIG describes: an anchor, the owners' packs, their merge, and its measurement.
+
+    Example: polyclinic train configs/quickstart.yaml run.name=first anchor.steps=100
+    """
+    from launch.train import train as run_training
+
+    console = Console()
+    run = run_training(config, overrides or [], resume, console)
+    from launch.summary import show
+
+    show(run, console)
+
+
+def main() -> None:
+    """Run the command; what goes wrong becomes one sentence and an exit status."""
+    try:
+        app()
+    except InputError as error:
+        _say(f"wrong input: {error}")
+        raise SystemExit(WRONG_INPUT) from None
+    except Stopped:
+        _say("stopped at a checkpoint; the same command with --resume goes on from there")
+        raise SystemExit(STOPPED) from None
+    except KeyboardInterrupt:
+        _say("stopped at once; the same command with --resume goes on from the last checkpoints")
+        raise SystemExit(STOPPED) from None
+    except StageFailed as error:
+        _say(str(error))
+        raise SystemExit(FAILED) from None
+
+
+def _say(sentence: str) -> None:
+    Console(stderr=True).print(f"polyclinic: {sentence}", soft_wrap=True, highlight=False, markup=False)

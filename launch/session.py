@@ -1,0 +1,76 @@
+"""The Ray cluster of a run: the one whose address is given, or a local one that lives as long as the run."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moe.config import Config
+from moe.errors import InputError
+
+# Set before ray is imported; workers inherit them.
+ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # fit returns a second after training ends, not three
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TOKENIZERS_PARALLELISM": "true",
+    "TORCHDYNAMO_DISABLE": "1",  # nothing is compiled, and importing the compiler takes seconds in every process
+}
+LOCAL_ENVIRONMENT = {"RAY_AUTH_MODE": "disabled"}  # a cluster of one machine, bound to the loopback
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """How many training workers fit on the cluster at once."""
+
+    workers: int
+    use_gpu: bool
+    local: bool  # all on this machine, in a cluster of our own
+    device: str  # in words
+
+
+@contextlib.contextmanager
+def session(config: Config) -> Iterator[Capacity]:
+    """Connect, or start a local cluster; on the way out disconnect, or stop it.
+
+    Raises InputError for an address nobody answers at and for a cluster too small for one job."""
+    local = config.cluster.address is None
+    os.environ.update({**ENVIRONMENT, **(LOCAL_ENVIRONMENT if local else {})})
+    import ray
+
+    largest = max(config.cluster.anchor_workers, config.cluster.owner_workers)
+    if local:
+        # Logical CPUs: on a small machine the owners still train side by side, sharing the cores.
+        side_by_side = len(config.owners) * config.cluster.owner_workers
+        ray.init(
+            num_cpus=max(os.cpu_count() or 1, largest, side_by_side),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+        )
+    else:
+        try:
+            ray.init(address=config.cluster.address, log_to_driver=False, logging_level="error")
+        except (ConnectionError, ValueError) as error:
+            raise InputError(f"cluster.address={config.cluster.address}: no Ray cluster answers there") from error
+    try:
+        resources = ray.cluster_resources()
+        gpus = int(resources.get("GPU", 0))
+        room = gpus or int(resources.get("CPU", 0))
+        capacity = Capacity(workers=room, use_gpu=gpus > 0, local=local, device=_device(resources))
+        if capacity.workers < largest:
+            raise InputError(
+                f"the cluster has room for {capacity.workers} workers: want {largest}, the largest of "
+                "cluster.anchor_workers and cluster.owner_workers"
+            )
+        yield capacity
+    finally:
+        ray.shutdown()
+
+
+def _device(resources: dict[str, float]) -> str:
+    kinds = [name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:")]
+    if kinds:
+        return f"{int(resources['GPU'])} x {', '.join(kinds)}"
+    return f"CPU, {len(os.sched_getaffinity(0))} cores"

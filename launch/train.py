@@ -1,0 +1,145 @@
+"""`polyclinic train`: check everything that can be checked, then run the graph until it ends or is asked to stop."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from launch.display import Display
+from launch.graph import Graph, Skipped, StageFailed, Stopped
+from launch.session import Capacity, session
+from moe.config import PUBLIC, Config
+from moe.config_file import dump, load
+from moe.data import sources
+from moe.errors import InputError
+from moe.hashing import value_hash
+from moe.run_folder import RunFolder
+
+POLL_SECONDS = 0.25
+VERSIONS = ("torch", "deepspeed", "ray", "transformers", "tokenizers", "safetensors", "numpy")
+
+
+def train(path: Path, overrides: Sequence[str], resume: bool, console: Console) -> RunFolder:
+    """Run what the config describes. Raises InputError for what is wrong with the input, Stopped where the user
+    asked to stop, StageFailed where a stage failed."""
+    config = load(path, overrides)
+    run = RunFolder(config.run.path)
+    sources.check(PUBLIC, config.public)
+    for name, owner in config.owners.items():
+        sources.check(name, owner.data)
+    _claim(run, resume)
+    with session(config) as capacity:
+        config = _resolve(config, capacity)
+        _describe(run, config)
+        graph = _follow(config, run, capacity, console)
+    _raise_first(graph, run)
+    from moe.report.results import write_results  # plotting takes a second to import
+
+    write_results(config, run, graph.progress.outputs, graph.progress.seconds, capacity.device)
+    return run
+
+
+def _claim(run: RunFolder, resume: bool) -> None:
+    """Make the run's folder, or refuse: one that exists is continued only on request."""
+    if resume and not run.config.exists():
+        raise InputError(f"run {run.path} cannot be resumed: there is none of that name; start it without --resume")
+    if run.path.exists() and not resume:
+        raise InputError(f"run {run.path} exists: want another run.name, or --resume to go on with it")
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        probe = run.path / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"run folder {run.path} cannot be written: {error.strerror}") from error
+
+
+def _resolve(config: Config, capacity: Capacity) -> Config:
+    """Replace `auto` by what it means on this cluster, so that config.yaml says what was run."""
+    from moe.train.precision import resolve
+
+    precision = resolve(config.run.precision, capacity.use_gpu)
+    return config.model_copy(update={"run": config.run.model_copy(update={"precision": precision})})
+
+
+def _describe(run: RunFolder, config: Config) -> None:
+    """Write config.yaml and manifest.json: with them a stranger can run it again."""
+    text = dump(config)
+    run.config.write_text(text)
+    manifest = {
+        "schema": 1,
+        "config_hash": value_hash(config.model_dump(mode="json")),
+        "commit": _commit(),
+        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in VERSIONS}},
+        "notice": "Not for clinical use.",
+    }
+    run.manifest.write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def _commit() -> str | None:
+    """Of the code that runs; None where it is not a git checkout."""
+    here = Path(__file__).parent
+    asked = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
+    return asked.stdout.strip() or None
+
+
+def _follow(config: Config, run: RunFolder, capacity: Capacity, console: Console) -> Graph:
+    """Run the graph and show it. The first Ctrl-C or SIGTERM asks all jobs to stop at a checkpoint, the second ends
+    the process at once."""
+    from launch.specialty_run import SpecialtyRun
+
+    specialty_run = SpecialtyRun(config, run, capacity)
+    graph = Graph(specialty_run.stages(), run.stage)
+    requests: list[int] = []
+    before = {s: signal.signal(s, lambda number, _: requests.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        futures = graph.start()
+        with Display(console, f"polyclinic {config.run.name}", specialty_run.steps()) as display:
+            while not all(future.done() for future in futures):
+                if requests and not graph.stopping.is_set():
+                    graph.stopping.set()
+                    specialty_run.stop()
+                    display.message = "stopping at a checkpoint; Ctrl-C again stops at once"
+                if len(requests) > 1:
+                    raise KeyboardInterrupt
+                display.update(graph.progress, specialty_run.rows())
+                time.sleep(POLL_SECONDS)
+            display.update(graph.progress, specialty_run.rows(), last=True)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return graph
+
+
+def _raise_first(graph: Graph, run: RunFolder) -> None:
+    """Say what ended the run, if anything did: the user's input before our failure before a stop."""
+    errors = {stage: _cause(error) for stage, error in graph.progress.errors.items() if not isinstance(error, Skipped)}
+    for error in errors.values():
+        if isinstance(error, InputError):
+            raise InputError(str(error)) from None
+    for stage, error in errors.items():
+        if not isinstance(error, Stopped):
+            story = run.stage(stage) / "error.txt"
+            story.parent.mkdir(parents=True, exist_ok=True)
+            story.write_text("".join(traceback.format_exception(graph.progress.errors[stage])))
+            first_line = next(iter(str(error).strip().splitlines()), "")
+            raise StageFailed(f"stage {stage} failed: {type(error).__name__}: {first_line} (see {story})")
+    for error in errors.values():
+        raise error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What happened in the worker, out of what Ray wraps around it."""
+    failures = getattr(error, "worker_failures", None)  # of a Ray Train job, by rank
+    if failures:
+        return _cause(failures[min(failures)])
+    inner: Any = getattr(error, "cause", None) or getattr(error, "_base_exc", None)
+    return _cause(inner) if isinstance(inner, BaseException) else error

@@ -1,0 +1,68 @@
+"""What runs in the cluster's processes: a rank of a training job, a domain's data, a domain's measurement."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from launch.board import Reporter, wait_for_job
+from moe.config import PUBLIC
+from moe.config_file import check
+from moe.errors import InputError
+from moe.run_folder import RunFolder
+
+
+def train_rank(settings: dict[str, Any]) -> None:
+    """One rank of a Ray Train job. Everything that needs no inputs is done before they exist."""
+    from ray.train.torch import get_device
+
+    from moe.specialty import stages
+    from moe.train.engine import connect
+
+    if not torch.cuda.is_available():
+        torch.set_num_threads(settings["threads"])
+    connect()
+    stage, board = settings["stage"], settings["board"]
+    if (job := wait_for_job(board, stage)) is None:
+        return
+    config, run, report = check(job["config"]), RunFolder(Path(job["run"])), Reporter(board, stage)
+    try:
+        if stage == "anchor":
+            finished = stages.train_anchor(config, run, job["identity"], get_device(), report)
+        else:
+            finished = stages.train_pack(config, run, job["owner"], job["identity"], get_device(), report)
+        ending = "finished" if finished else "stopped"
+    except InputError as error:
+        ending = f"refused: {error}"  # not raised: Ray would start the job again, and the input stays wrong
+    ray.get(board.end.remote(stage, ending))
+
+
+@ray.remote(num_cpus=1, max_calls=1)
+def prepare_domain(config: dict[str, Any], run: RunFolder, domain: str) -> dict[str, Any]:
+    """In a process of its own that ends with it, so that the priority it gives up is not missed by the next."""
+    from moe.data.prepare import prepare
+
+    if domain != PUBLIC:
+        os.nice(10)  # owners' text is made while the anchor trains, and is not to slow it
+    return prepare(check(config), run, domain)
+
+
+@ray.remote(num_cpus=1)
+def merge_packs(run: RunFolder, owners: list[str]) -> dict[str, Any]:
+    from moe.hf import folder
+    from moe.specialty.merge import merge
+    from moe.specialty.pack import Pack
+
+    merged = merge(folder.load(run.anchor), [Pack.load(run.pack(owner)) for owner in owners])
+    folder.save(run.model, merged)
+    return {"anchor_hash": merged.anchor_hash, "model_hash": merged.identity(), "slots": merged.owners}
+
+
+@ray.remote(num_cpus=1)
+def measure_domain(config: dict[str, Any], run: RunFolder, domain: str) -> dict[str, Any]:
+    from moe.specialty import measure
+
+    torch.set_num_threads(1)  # sums in one order, whatever the machine
+    return measure.measure_domain(check(config), run, domain)

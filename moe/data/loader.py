@@ -1,0 +1,161 @@
+"""The order in which training sees its text: a pure function of the data, the seed and a position.
+
+Documents are shuffled once an epoch, laid end to end and cut into sequences of L tokens; sequence i of a source
+is then a fixed range of tokens. A batch is the next `batch_size` sequences, whoever reads them: rank r of W takes
+the r-th of W equal parts. So the order does not depend on W, the state is one integer, and a jump costs nothing.
+
+Where replay text is mixed in at share s, sequence k of the run is replayed when floor((k + 1) s) > floor(k s).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import floor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels import Documents, documents
+from moe.data.shards import PackedDocuments
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences laid end to end: T = micro_batch_size * L tokens."""
+
+    token_T: Tensor  # int64
+    label_T: Tensor  # int64: the next token of the same document, IGNORED where there is none
+    documents: Documents  # where attention must stop; a cut document starts anew
+    origins: tuple[tuple[PackedDocuments, int], ...]  # of each piece: its folder, its number there
+
+    def document_ids(self) -> list[str]:
+        """The documents' ids in their source, so that an error can name them."""
+        return [packed.document_id(number) for packed, number in self.origins]
+
+    def to(self, device: torch.device) -> "Batch":
+        if device.type == "cpu":
+            return self
+        moved = documents(self.documents.boundaries, device)
+        return Batch(self.token_T.to(device), self.label_T.to(device), moved, self.origins)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of one document, with the label of each of its tokens."""
+
+    origin: tuple[PackedDocuments, int]
+    tokens: np.ndarray  # int64
+    labels: np.ndarray  # int64
+
+
+class Source:
+    """An endless sequence of training sequences from one folder of packed documents."""
+
+    def __init__(self, packed: PackedDocuments, length: int, seed: int):
+        self.packed, self.length, self.seed = packed, length, seed
+        self.per_epoch = max(1, packed.num_tokens // length)
+        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def sequence(self, index: int) -> list[Piece]:
+        """The pieces of sequence `index`, `length` tokens in all; fewer where the whole text is shorter."""
+        epoch, window = divmod(index, self.per_epoch)
+        order, ends = self._shuffled(epoch)
+        position, stop = window * self.length, (window + 1) * self.length
+        place = int(np.searchsorted(ends, position, side="right"))
+        pieces = []
+        while position < stop and place < len(order):
+            document, end = int(order[place]), int(ends[place])
+            start = end - int(self.packed.lengths[document])
+            # One token more than the piece has: the label of its last one, where the document goes on.
+            tokens = self.packed.tokens(document, position - start, stop - start + 1).astype(np.int64)
+            size = min(stop, end) - position
+            labels = np.full(size, IGNORED, np.int64)
+            labels[: len(tokens) - 1] = tokens[1:]
+            pieces.append(Piece((self.packed, document), tokens[:size], labels))
+            position += size
+            place += 1
+        return pieces
+
+    def _shuffled(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """This epoch's order of documents, and where each ends when they are laid end to end."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.packed))
+            self._epoch = epoch, order, np.cumsum(self.packed.lengths[order])
+        return self._epoch[1], self._epoch[2]
+
+
+class Loader:
+    """Batches of a source, with replay text mixed in; `position` counts the sequences taken and is the state."""
+
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int,
+        micro_batch_size: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        replay: Source | None = None,
+        replay_share: float = 0.0,
+    ):
+        assert batch_size % (micro_batch_size * world_size) == 0, "the config checks this"
+        self.source, self.replay, self.replay_share = source, replay, replay_share
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+        self.rank, self.world_size = rank, world_size
+        self.position = 0
+
+    def micro_batches(self) -> Iterator[Batch]:
+        """This rank's part of the next batch. The position moves on when the last one is taken."""
+        share = self.batch_size // self.world_size
+        first = self.position + self.rank * share
+        for start in range(first, first + share, self.micro_batch_size):
+            yield self._batch(range(start, start + self.micro_batch_size))
+        self.position += self.batch_size
+
+    def _batch(self, indices: range) -> Batch:
+        return collate([piece for index in indices for piece in self._sequence(index)])
+
+    def _sequence(self, index: int) -> list[Piece]:
+        replayed = floor(index * self.replay_share)
+        if self.replay is not None and floor((index + 1) * self.replay_share) > replayed:
+            return self.replay.sequence(replayed)
+        return self.source.sequence(index - replayed)
+
+
+def collate(pieces: list[Piece]) -> Batch:
+    """Lay pieces end to end; each is a document of its own to attention."""
+    boundaries = np.cumsum([0, *(len(piece.tokens) for piece in pieces)]).tolist()
+    return Batch(
+        token_T=torch.from_numpy(np.concatenate([piece.tokens for piece in pieces])),
+        label_T=torch.from_numpy(np.concatenate([piece.labels for piece in pieces])),
+        documents=documents(boundaries),
+        origins=tuple(piece.origin for piece in pieces),
+    )
+
+
+def whole_documents(
+    packed: PackedDocuments, length: int, tokens_per_batch: int, limit: int | None = None
+) -> Iterator[tuple[Batch, int]]:
+    """(batch, UTF-8 bytes of the documents that start in it): every document once, in order, until `limit` tokens.
+
+    For evaluation: every token but <|bos|> is predicted exactly once. A document longer than `length` is cut into
+    windows that do not see one another."""
+    pieces: list[Piece] = []
+    size = given = num_bytes = 0
+    for document in range(len(packed)):
+        if limit is not None and given >= limit:
+            break
+        tokens = packed.tokens(document).astype(np.int64)
+        for start in range(0, len(tokens) - 1, length):
+            window = tokens[start : start + length + 1]
+            pieces.append(Piece((packed, document), window[:-1], window[1:]))
+        size += len(tokens) - 1
+        given += len(tokens) - 1
+        num_bytes += packed.num_bytes(document)
+        if size >= tokens_per_batch:
+            yield collate(pieces), num_bytes
+            pieces, size, num_bytes = [], 0, 0
+    if pieces:
+        yield collate(pieces), num_bytes

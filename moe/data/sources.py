@@ -1,0 +1,103 @@
+"""Documents of a domain, split into train, calibration and eval, whatever they come from.
+
+`calibration` exists for the public domain only: held-out text on which packs are calibrated, kept apart from the
+text on which the result is measured.
+"""
+
+import hashlib
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as parquet
+from tokenizers import Tokenizer
+
+from moe.config import PUBLIC, DataConfig
+from moe.data import demonstration
+from moe.data.shards import Document, write
+from moe.errors import InputError
+
+NOISE_WORDS = 150  # in a document of noise
+
+
+def check(name: str, config: DataConfig) -> None:
+    """Refuse a source that cannot be read, without reading all of it. Cheap: run before anything starts."""
+    if config.demonstration:
+        demonstration.check_installed(config.demonstration)
+    for path in (*config.documents, *config.held_out):
+        if path.suffix not in (".jsonl", ".parquet"):
+            raise InputError(f"{name}: {path} has the ending {path.suffix!r}: want .jsonl or .parquet")
+        if not path.is_file():
+            raise InputError(f"{name}: {path} does not exist: want a file of documents")
+
+
+def read(name: str, config: DataConfig, folder: Path, seed: int) -> dict[str, list[Document]]:
+    """The documents of each split, in a fixed order. The demonstration corpus is first built in folder/corpus."""
+    if config.demonstration:
+        corpus = folder / "corpus"
+        shutil.rmtree(corpus, ignore_errors=True)
+        demonstration.build(
+            config.demonstration, corpus, seed=seed, max_characters=config.max_characters, tables=("documents",)
+        )
+        train = list(_rows(corpus / "documents.train.jsonl"))
+        held_out = list(_rows(corpus / "documents.eval.jsonl"))
+    elif config.noise_documents:
+        train, held_out = _split(_noise(config.noise_documents, seed), config.held_out_share)
+    else:
+        train = [row for path in config.documents for row in _rows(path)]
+        if config.held_out:
+            held_out = [row for path in config.held_out for row in _rows(path)]
+        else:
+            train, held_out = _split(train, config.held_out_share)
+    splits = {"train": train, "eval": held_out}
+    if name == PUBLIC:
+        splits["calibration"], splits["eval"] = _split(held_out, share=0.5)
+    for split, rows in splits.items():
+        if not rows:
+            raise InputError(f"{name} has no documents for its {split} split: want at least one; give it more text")
+    return splits
+
+
+def pack(splits: dict[str, list[Document]], folder: Path, tokenizer: Tokenizer) -> dict[str, dict]:
+    """Write folder/SPLIT for every split; return their manifests."""
+    for split in splits:
+        shutil.rmtree(folder / split, ignore_errors=True)
+    return {split: write(folder / split, rows, tokenizer) for split, rows in splits.items()}
+
+
+def _rows(path: Path) -> Iterator[Document]:
+    """Documents of a JSON-lines or Parquet file. Raises InputError naming file and row where text is missing."""
+    rows = parquet.read_table(path).to_pylist() if path.suffix == ".parquet" else _json_rows(path)
+    for number, row in enumerate(rows, start=1):
+        text = row.get("text") if isinstance(row, dict) else None
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"{path} row {number} has no text: want a `text` column that is a non-empty string")
+        yield Document(str(row.get("id") or hashlib.sha256(text.encode()).hexdigest()[:16]), text)
+
+
+def _json_rows(path: Path) -> Iterator[object]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{path} row {number} is not JSON: want one object a line") from error
+
+
+def _split(rows: list[Document], share: float) -> tuple[list[Document], list[Document]]:
+    """(rest, share) by a hash of each document's id, so that a row's side does not depend on the other rows."""
+
+    def position(row: Document) -> float:
+        return int(hashlib.sha256(row.id.encode()).hexdigest()[:8], 16) / 2**32
+
+    return [r for r in rows if position(r) >= share], [r for r in rows if position(r) < share]
+
+
+def _noise(count: int, seed: int) -> list[Document]:
+    """Documents of random letters in words: text that carries nothing, for control experiments."""
+    rng = random.Random(f"noise|{seed}")
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["".join(rng.choices(letters, k=rng.randint(2, 9))) for _ in range(2000)]
+    return [Document(f"noise-{i}", " ".join(rng.choices(words, k=NOISE_WORDS))) for i in range(count)]

@@ -1,0 +1,1 @@
+"""Models as Hugging Face folders: the only place that knows transformers."""

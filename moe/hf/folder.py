@@ -1,0 +1,119 @@
+"""A model in Hugging Face layout.
+
+    FOLDER/config.json             the model's sections, its slots and owners, and the anchor's hash
+    FOLDER/model.safetensors       tensors under the decoder's own names
+    FOLDER/tokenizer.json, tokenizer_config.json     what AutoTokenizer reads
+
+Written under a temporary name and renamed: whole or absent.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+
+from moe.config import ANCHOR_SLOT, ModelConfig
+from moe.data.tokenizer import BOS, EOS, PAD, identity
+from moe.data.tokenizer import load as load_tokenizer
+from moe.errors import InputError
+from moe.hashing import tensor_hashes, value_hash
+from moe.model import Decoder
+
+MODEL_TYPE = "polyclinic"
+TENSORS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """What a folder holds: the decoder, the tokenizer that belongs to it, and who owns which slot."""
+
+    decoder: Decoder
+    tokenizer: Tokenizer
+    owners: dict[str, int] = field(default_factory=dict)  # name -> slot
+    anchor_hash: str | None = None  # H0 of the anchor a merged model stands on
+
+    def identity(self) -> str:
+        """Hash of every tensor, the sections and the tokenizer: H0 when this is an anchor."""
+        return value_hash(
+            {
+                "tensors": tensor_hashes(self.decoder.state_dict()),
+                "model": self.decoder.config.model_dump(mode="json"),
+                "tokenizer": identity(self.tokenizer),
+            }
+        )
+
+
+def save(folder: Path, model: ModelFolder) -> None:
+    from transformers import PreTrainedTokenizerFast  # takes seconds to import: only where a model is written
+
+    decoder = model.decoder
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in decoder.state_dict().items()}
+    save_file(tensors, temporary / TENSORS, metadata={"format": "pt"})
+    token_id = model.tokenizer.token_to_id
+    config = {
+        "model_type": MODEL_TYPE,
+        "architectures": ["PolyclinicForCausalLM"],
+        "dtype": str(decoder.embedding.weight.dtype).removeprefix("torch."),
+        "vocab_size": decoder.embedding.num_embeddings,
+        "bos_token_id": token_id(BOS),
+        "eos_token_id": token_id(EOS),
+        "pad_token_id": token_id(PAD),
+        **decoder.config.model_dump(mode="json"),
+        "slots": list(decoder.slots),
+        "owners": model.owners,
+        "anchor_hash": model.anchor_hash,
+    }
+    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    PreTrainedTokenizerFast(
+        tokenizer_object=model.tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD
+    ).save_pretrained(temporary)
+    model.tokenizer.save(str(temporary / "tokenizer.json"))  # byte for byte the one that was trained
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def load(folder: Path, device: torch.device | str = "cpu") -> ModelFolder:
+    """Raises InputError naming the file or tensor that is missing or does not fit."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        tensors = load_file(folder / TENSORS, device=str(device))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{folder} is not a whole model folder: {error}") from error
+    if config.get("model_type") != MODEL_TYPE:
+        raise InputError(f"{folder} holds a model of type {config.get('model_type')!r}: want {MODEL_TYPE!r}")
+    try:
+        section = ModelConfig.model_validate({key: config[key] for key in ModelConfig.model_fields})
+    except (KeyError, ValidationError) as error:
+        raise InputError(f"{folder}/config.json does not describe a model: {error}") from error
+    with torch.device("meta"):
+        decoder = Decoder(section, config["vocab_size"], config["slots"])
+    wanted = decoder.state_dict()
+    for name in sorted(wanted.keys() | tensors.keys()):
+        got = tensors.get(name)
+        if name not in wanted or got is None or got.shape != wanted[name].shape:
+            raise InputError(
+                f"{folder}/{TENSORS}: tensor {name} is {None if got is None else list(got.shape)}: "
+                f"want {list(wanted[name].shape) if name in wanted else 'no such tensor'}"
+            )
+    decoder = Decoder(section, config["vocab_size"], config["slots"]).to(device)  # buffers are computed, not stored
+    decoder.load_state_dict(tensors, assign=True)
+    return ModelFolder(decoder, load_tokenizer(folder / "tokenizer.json"), config["owners"], config["anchor_hash"])
+
+
+def is_dense(model: ModelFolder) -> bool:
+    return not model.decoder.slots
+
+
+def owner_of(model: ModelFolder, slot: int) -> str:
+    """The name people know a slot by."""
+    return "anchor" if slot == ANCHOR_SLOT else next(name for name, s in model.owners.items() if s == slot)

@@ -1,0 +1,1 @@
+"""What a run has shown: results.json, and a page to look at."""

@@ -1,0 +1,110 @@
+"""Merging packs onto their anchor, and taking one away again. Nothing is trained, nothing is averaged."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe.config import ANCHOR_SLOT
+from moe.errors import InputError
+from moe.hashing import tensor_hash
+from moe.hf.folder import ModelFolder, is_dense
+from moe.model import Decoder
+from moe.specialty.pack import Pack
+
+
+def merge(anchor: ModelFolder, packs: Sequence[Pack]) -> ModelFolder:
+    """Stack the packs by slot beside the anchor; without packs, a mixture of the anchor alone.
+
+    Raises InputError naming the pack that stands on another anchor, or two packs that claim one slot."""
+    if not is_dense(anchor):
+        raise InputError("the anchor to merge on is a mixture already: want a dense model")
+    anchor_hash = anchor.identity()
+    holder: dict[int, str] = {}
+    for pack in packs:
+        if pack.anchor_hash != anchor_hash:
+            raise InputError(
+                f"pack {pack.owner} was trained on anchor {pack.anchor_hash[:12]}: want {anchor_hash[:12]}, this one"
+            )
+        if pack.slot in holder:
+            raise InputError(f"packs {holder[pack.slot]} and {pack.owner} both claim slot {pack.slot}: want one each")
+        holder[pack.slot] = pack.owner
+    packs = sorted(packs, key=lambda pack: pack.slot)
+    source = anchor.decoder
+    merged = Decoder(source.config, source.embedding.num_embeddings, [ANCHOR_SLOT, *holder])
+    merged.cast(source.embedding.weight.dtype)
+    tensors = dict(source.state_dict())
+    for number in range(len(merged.layers)):
+        experts, layer = f"layers.{number}.ffn.experts", f"layers.{number}"
+        for name in ("w_gate_up", "w_down"):
+            owned = [pack.tensors[f"{layer}.{name}"][None] for pack in packs]
+            tensors[f"{experts}.{name}"] = torch.cat([tensors[f"{experts}.{name}"], *owned])
+        table = torch.zeros(source.config.num_slots, source.config.d_model)
+        bias = torch.zeros(source.config.num_slots)
+        for pack in packs:
+            table[pack.slot] = pack.tensors[f"{layer}.row"]
+            bias[pack.slot] = pack.tensors[f"{layer}.bias"]
+        tensors[f"{layer}.ffn.router.table"], tensors[f"{layer}.ffn.router.bias"] = table, bias
+    merged.load_state_dict(tensors)
+    return ModelFolder(merged, anchor.tokenizer, {p.owner: p.slot for p in packs}, anchor_hash)
+
+
+def opt_out(model: ModelFolder, owners: Iterable[str]) -> ModelFolder:
+    """The model without these owners' packs, equal bit for bit to a merge that never had them.
+
+    Raises InputError naming an owner the model does not have."""
+    leaving = set(owners)
+    if unknown := leaving - model.owners.keys():
+        raise InputError(f"owner {min(unknown)} is not in the model: want some of {', '.join(model.owners)}")
+    stay = {name: slot for name, slot in model.owners.items() if name not in leaving}
+    source = model.decoder
+    smaller = Decoder(source.config, source.embedding.num_embeddings, [ANCHOR_SLOT, *stay.values()])
+    smaller.cast(source.embedding.weight.dtype)
+    kept = [source.slots.index(slot) for slot in smaller.slots]
+    gone = [slot for slot in source.slots if slot not in smaller.slots]
+    tensors = {}
+    for name, tensor in source.state_dict().items():
+        if ".experts." in name:
+            tensor = tensor[kept]
+        elif ".router." in name:
+            tensor = tensor.clone()
+            tensor[gone] = 0
+        tensors[name] = tensor
+    smaller.load_state_dict(tensors)
+    return ModelFolder(smaller, model.tokenizer, stay, model.anchor_hash)
+
+
+def certificate(before: ModelFolder, after: ModelFolder) -> dict[str, Any]:
+    """What was removed and proof that it is gone: the hash of every slice each slot has, and those no longer there."""
+    removed = {name: slot for name, slot in before.owners.items() if name not in after.owners}
+    old, new = _slices(before.decoder), _slices(after.decoder)
+    gone = {name: digest for (name, slot), digest in old.items() if slot in removed.values()}
+    kept = {key: digest for key, digest in old.items() if key[1] not in removed.values()}
+    # A slice that training left as it was copied from the anchor is the anchor's, not the owner's.
+    anchors = {digest for (_, slot), digest in old.items() if slot == ANCHOR_SLOT}
+    left = (set(gone.values()) & set(new.values())) - anchors
+    return {
+        "schema": 1,
+        "anchor_hash": before.anchor_hash,
+        "model_before": before.identity(),
+        "model_after": after.identity(),
+        "removed": removed,
+        "removed_tensors": gone,
+        "removed_tensors_found_after": sorted(left),
+        "kept_tensors_unchanged": kept == new,
+    }
+
+
+def _slices(decoder: Decoder) -> dict[tuple[str, int], str]:
+    """Hash of what each present slot owns of each tensor: its matrices, its router row and its bias."""
+
+    def owned(name: str, tensor: Tensor, slot: int) -> Tensor:
+        return tensor[decoder.slots.index(slot)] if ".experts." in name else tensor[slot]
+
+    return {
+        (name, slot): tensor_hash(owned(name, tensor, slot))
+        for name, tensor in decoder.state_dict().items()
+        if ".experts." in name or ".router." in name
+        for slot in decoder.slots
+    }

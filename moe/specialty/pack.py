@@ -1,0 +1,160 @@
+"""A pack: what an owner's text has taught one expert, and nothing else.
+
+It is trained in a mixture of two, the anchor's frozen FFN and the owner's copy of it, K = 2, without any balancing
+loss. Attention, norms and embedding are the anchor's and frozen too, so packs of different owners fit together.
+
+    PACK/pack.safetensors    layers.L.w_gate_up [2F, D], layers.L.w_down [D, F], layers.L.row [D], layers.L.bias []
+    PACK/pack.json           owner, slot, H0, hash of the data's manifest, hash of every tensor, versions, metrics
+"""
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import kernels
+from kernels import Route
+from moe.config import ANCHOR_SLOT
+from moe.data.loader import Batch
+from moe.errors import InputError
+from moe.hashing import tensor_hash, tensor_hashes
+from moe.model import Decoder
+from moe.model.experts import Experts
+
+TENSORS, MANIFEST = "pack.safetensors", "pack.json"
+
+
+class PackFFN(nn.Module):
+    """The layer while a pack is in training: slot 0 frozen, the owner's slot open."""
+
+    def __init__(self, anchor: Experts, slot: int, num_slots: int):
+        super().__init__()
+        device = anchor.w_down.device
+        self.own = copy.deepcopy(anchor).requires_grad_(True)  # step 0 is the anchor, whatever the router says
+        self.anchor = anchor.requires_grad_(False)
+        self.row = nn.Parameter(torch.zeros(anchor.w_down.shape[1], device=device))
+        self.bias = nn.Parameter(torch.zeros(1, device=device))
+        self.slot, self.num_slots = slot, num_slots
+        present_S = torch.zeros(num_slots, dtype=torch.bool, device=device)
+        present_S[[ANCHOR_SLOT, slot]] = True
+        self.register_buffer("present_S", present_S, persistent=False)
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Route]:
+        # Padding puts the row into its slot of a table that is zero elsewhere, the anchor's row included.
+        around = (self.slot, self.num_slots - self.slot - 1)
+        table_SD = nn.functional.pad(self.row[None], (0, 0, *around))
+        bias_S = nn.functional.pad(self.bias, around)
+        route = kernels.route(x_TD, table_SD, bias_S, self.present_S, 2)
+        expert_TK = (route.slot_TK != ANCHOR_SLOT).int()
+        dispatch = kernels.dispatch(expert_TK, 2)
+        w_gate_up = torch.cat([self.anchor.w_gate_up, self.own.w_gate_up])
+        w_down = torch.cat([self.anchor.w_down, self.own.w_down])
+        y_ND = kernels.experts(x_TD, dispatch, w_gate_up, w_down, num_frozen=1)
+        return kernels.combine(y_ND, route.weight_TK, dispatch.row_TK), route
+
+
+def open_slot(anchor: Decoder, slot: int) -> Decoder:
+    """Turn a dense anchor, in place, into the model in which an owner trains: all frozen but one new expert."""
+    anchor.requires_grad_(False)
+    for layer in anchor.layers:
+        layer.ffn = PackFFN(layer.ffn.experts, slot, anchor.config.num_slots)
+    return anchor
+
+
+@torch.no_grad()
+def initialise_rows(model: Decoder, own: Iterable[Batch], public: Iterable[Batch]) -> None:
+    """r = (mu_own - mu_public) / its norm, where mu is the mean of what the layer's router sees; b = 0."""
+    for layer, mu_own, mu_public in zip(
+        model.layers, _mean_inputs(model, own), _mean_inputs(model, public), strict=True
+    ):
+        direction_D = mu_own - mu_public
+        layer.ffn.row.copy_(direction_D / direction_D.norm())
+        layer.ffn.bias.zero_()
+
+
+def _mean_inputs(model: Decoder, batches: Iterable[Batch]) -> list[Tensor]:
+    """Mean over tokens of each layer's router input, float32 [D]."""
+    device = model.embedding.weight.device
+    sums = torch.zeros(len(model.layers), model.config.d_model, dtype=torch.float64, device=device)
+
+    def hook(number: int):
+        def add(_, inputs: tuple[Tensor]) -> None:
+            sums[number] += inputs[0].double().sum(dim=0)
+
+        return add
+
+    hooks = [layer.ffn.register_forward_pre_hook(hook(n)) for n, layer in enumerate(model.layers)]
+    count = 0
+    for batch in batches:
+        batch = batch.to(device)
+        model(batch.token_T, batch.documents)
+        count += batch.token_T.numel()
+    for handle in hooks:
+        handle.remove()
+    return list((sums / count).float())
+
+
+@dataclass(frozen=True)
+class Pack:
+    owner: str
+    slot: int
+    anchor_hash: str  # H0
+    tensors: dict[str, Tensor]
+    provenance: dict[str, Any]  # data manifest, code version, metrics
+
+    @classmethod
+    def of(cls, model: Decoder, owner: str, anchor_hash: str, provenance: dict[str, Any]) -> "Pack":
+        """Take the pack out of a trained model. Experts keep the model's dtype; rows and biases are float32."""
+        tensors = {}
+        for number, layer in enumerate(model.layers):
+            ffn = layer.ffn
+            tensors[f"layers.{number}.w_gate_up"] = ffn.own.w_gate_up[0]
+            tensors[f"layers.{number}.w_down"] = ffn.own.w_down[0]
+            tensors[f"layers.{number}.row"] = ffn.row.float()
+            tensors[f"layers.{number}.bias"] = ffn.bias[0].float()
+        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+        return cls(owner, model.layers[0].ffn.slot, anchor_hash, tensors, provenance)
+
+    def hashes(self) -> dict[str, str]:
+        return tensor_hashes(self.tensors)
+
+    def save(self, folder: Path) -> None:
+        temporary = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file(self.tensors, temporary / TENSORS)
+        manifest = {
+            "schema": 1,
+            "owner": self.owner,
+            "slot": self.slot,
+            "anchor_hash": self.anchor_hash,
+            "tensors": self.hashes(),
+            **self.provenance,
+        }
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Pack":
+        """Raises InputError naming the file or the tensor that is damaged."""
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text())
+            tensors = load_file(folder / TENSORS)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise InputError(f"pack {folder} cannot be read: {error}") from error
+        hashes = manifest.pop("tensors")
+        for name in sorted(hashes.keys() | tensors.keys()):
+            if name not in hashes or name not in tensors or tensor_hash(tensors[name]) != hashes[name]:
+                raise InputError(f"pack {folder} is damaged at tensor {name}: it does not match {MANIFEST}")
+        owner, slot, anchor_hash = (manifest.pop(key) for key in ("owner", "slot", "anchor_hash"))
+        return cls(owner, slot, anchor_hash, tensors, manifest)

@@ -1,0 +1,121 @@
+"""The training stages of a specialty run, as each worker runs them. They know no launcher: they take the config, the
+run's folder and a `report`, and use the process group that stands.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from moe.config import PUBLIC, Config, TrainConfig
+from moe.data import tokenizer
+from moe.data.loader import Batch, Loader, Source, whole_documents
+from moe.data.shards import PackedDocuments
+from moe.eval.bits import TOKENS_PER_BATCH, bits_per_byte
+from moe.hf import folder as model_folder
+from moe.hf.folder import ModelFolder
+from moe.model import Decoder
+from moe.run_folder import RunFolder
+from moe.specialty.calibrate import calibrate
+from moe.specialty.pack import Pack, initialise_rows, open_slot
+from moe.train.loop import Job, train
+from moe.train.recorder import Report
+
+HELD_OUT_TOKENS = 16384  # of the evaluations during training; the last one of a run measures all of the text
+
+
+def train_anchor(config: Config, run: RunFolder, identity: str, device: torch.device, report: Report) -> bool:
+    """Pretrain the dense anchor on public text and write stages/anchor/model; False when it stopped before its end.
+
+    Every rank of the job must call it."""
+    tokens = tokenizer.load(run.tokenizer)
+    model = Decoder(config.model, tokens.get_vocab_size()).initialise(config.run.seed).to(device)
+    own = _open(run, PUBLIC, "train", tokens)
+    loader = _loader(config, config.anchor, own)
+    job = _job(config, run, "anchor", identity, config.anchor, z_loss_weight=0.0)
+    if not train(job, model, loader, _held_out(model, _open(run, PUBLIC, "eval", tokens)), report):
+        return False
+    if dist.get_rank() == 0:
+        model_folder.save(run.anchor, ModelFolder(model.cpu(), tokens))
+    dist.barrier()
+    return True
+
+
+def train_pack(
+    config: Config, run: RunFolder, owner: str, identity: str, device: torch.device, report: Report
+) -> bool:
+    """Train an owner's pack on its own documents and public replay; write packs/OWNER; False when it stopped early.
+
+    Every rank of the job must call it. Of the run's data it opens the owner's and the public part only."""
+    anchor = model_folder.load(run.anchor, device)
+    anchor_hash = anchor.identity()
+    model = open_slot(anchor.decoder, config.owners[owner].slot)
+    train_text, held_out, public = (
+        _open(run, owner, "train", anchor.tokenizer),
+        _open(run, owner, "eval", anchor.tokenizer),
+        _open(run, PUBLIC, "train", anchor.tokenizer),
+    )
+    calibration = _open(run, PUBLIC, "calibration", anchor.tokenizer)
+
+    def calibration_batches() -> Iterator[Batch]:
+        return _batches(config, calibration, config.calibration.tokens)
+
+    def fit_router() -> None:
+        calibrate(model, calibration_batches, config.calibration.rho, config.calibration.spread)
+
+    init_tokens = int(config.pack.init_documents * train_text.num_tokens / len(train_text))
+    initialise_rows(model, _batches(config, train_text, init_tokens), _batches(config, public, init_tokens))
+    fit_router()
+
+    loader = _loader(config, config.pack.train, train_text, replay=public)
+    job = _job(config, run, f"pack-{owner}", identity, config.pack.train, config.pack.z_loss_weight)
+    if not train(job, model, loader, _held_out(model, held_out), report):
+        return False
+    if dist.get_rank() == 0:
+        for layer in model.layers:  # the engine may have made them bfloat16; calibrated values are kept in float32
+            layer.ffn.row.data, layer.ffn.bias.data = layer.ffn.row.data.float(), layer.ffn.bias.data.float()
+        fit_router()
+        provenance = {"data": train_text.manifest, "public_data": public.manifest, "training": identity}
+        Pack.of(model, owner, anchor_hash, provenance).save(run.pack(owner))
+    dist.barrier()
+    return True
+
+
+def _open(run: RunFolder, domain: str, split: str, tokens: tokenizer.Tokenizer) -> PackedDocuments:
+    return PackedDocuments(run.shards(domain, split), tokenizer.identity(tokens))
+
+
+def _batches(config: Config, packed: PackedDocuments, limit: int) -> Iterator[Batch]:
+    return (b for b, _ in whole_documents(packed, config.model.context_length, TOKENS_PER_BATCH, limit))
+
+
+def _held_out(model: Decoder, packed: PackedDocuments):
+    return lambda: bits_per_byte(model, packed, HELD_OUT_TOKENS)
+
+
+def _loader(
+    config: Config, section: TrainConfig, own: PackedDocuments, replay: PackedDocuments | None = None
+) -> Loader:
+    length, seed = config.model.context_length, config.run.seed
+    return Loader(
+        Source(own, length, seed),
+        section.batch_size,
+        section.micro_batch_size,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        replay=Source(replay, length, seed) if replay else None,
+        replay_share=config.pack.replay_share,
+    )
+
+
+def _job(config: Config, run: RunFolder, stage: str, identity: str, section: TrainConfig, z_loss_weight: float) -> Job:
+    return Job(
+        name=f"{config.run.name}/{stage}",
+        folder=run.stage(stage),
+        identity=identity,
+        config=section,
+        precision=config.run.precision,
+        z_loss_weight=z_loss_weight,
+        tracking=config.tracking,
+        deepspeed=config.deepspeed,
+    )

@@ -1,0 +1,113 @@
+"""Checkpoints: one logical tensor for each trained parameter and moment, whole on disk or absent.
+
+    FOLDER/step-00000100/state.safetensors   float32: NAME, NAME.exp_avg, NAME.exp_avg_sq
+    FOLDER/step-00000100/manifest.json       step, data position, identity of the job, hash of every tensor
+
+Frozen weights are not in it: they belong to the anchor, whose hash is part of the job's identity. A checkpoint is
+written beside its place, flushed to the disk and renamed. Loading checks every hash; nothing is unpickled.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moe.hashing import tensor_hash, tensor_hashes
+from moe.train.engine import Engine
+
+KEEP = 2  # a damaged newest one must leave another to fall back to
+NAME = re.compile(r"step-(\d{8})")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class State:
+    """What a run must know to go on, beside its tensors."""
+
+    step: int = 0  # updates done
+    position: int = 0  # sequences taken from the loader
+
+
+class DamagedCheckpoint(RuntimeError):
+    """A checkpoint that cannot be what was saved; the message names the file or tensor."""
+
+
+def save(folder: Path, engine: Engine, state: State, identity: str) -> None:
+    """Write folder/step-N. Every rank must call it; rank 0 writes."""
+    tensors = {name: tensor.cpu() for name, tensor in engine.state() if engine.rank == 0}
+    if engine.rank == 0:
+        final = folder / f"step-{state.step:08}"
+        temporary = folder / f".{final.name}.partial"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file(tensors, temporary / "state.safetensors")
+        manifest = {
+            "schema": 1,
+            "identity": identity,
+            "step": state.step,
+            "position": state.position,
+            "world_size": engine.world_size,
+            "tensors": tensor_hashes(tensors),
+        }
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        for path in (temporary / "state.safetensors", temporary / "manifest.json", temporary):
+            _flush(path)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        _flush(folder)
+        for old in _steps(folder)[KEEP:]:
+            shutil.rmtree(old)
+    if dist.is_initialized():
+        dist.barrier()  # nobody goes on to die while the others believe in this checkpoint
+
+
+def restore(folder: Path, engine: Engine, identity: str) -> State:
+    """Load the newest whole checkpoint into the engine; a fresh State where there is none. Every rank must call it.
+
+    A damaged one is named in the log and the next older one is taken."""
+    for path in _steps(folder):
+        try:
+            tensors, state = _read(path, identity)
+        except DamagedCheckpoint as error:
+            log.warning("%s; falling back to an older checkpoint", error)
+            continue
+        engine.load(tensors, state.step)
+        return state
+    return State()
+
+
+def _read(path: Path, identity: str) -> tuple[dict[str, Tensor], State]:
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        tensors = load_file(path / "state.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DamagedCheckpoint(f"checkpoint {path} cannot be read: {error}") from error
+    if manifest["identity"] != identity:
+        raise DamagedCheckpoint(f"checkpoint {path} belongs to another job: its inputs or config have changed")
+    for name, expected in manifest["tensors"].items():
+        if name not in tensors or tensor_hash(tensors[name]) != expected:
+            raise DamagedCheckpoint(f"checkpoint {path} is damaged at tensor {name}")
+    return tensors, State(manifest["step"], manifest["position"])
+
+
+def _steps(folder: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    found = [path for path in folder.glob("step-*") if NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, reverse=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

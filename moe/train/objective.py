@@ -1,0 +1,35 @@
+"""What a training step minimises.
+
+    loss = sum of nll / T + z_weight * mean over mixture layers of z_loss
+
+The sum is divided by the T tokens of the micro-batch, not by its labels, of which a cut document has one less: so
+every token weighs the same however the batch is spread over micro-batches and ranks.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import kernels
+from moe.data.loader import IGNORED, Batch
+from moe.model import Decoder, Output
+
+
+@dataclass(frozen=True)
+class LossParts:
+    """Of one micro-batch. `total` has the gradient; the others are for the record."""
+
+    total: Tensor  # float32 scalar
+    nll_sum: Tensor  # nats, float32 scalar
+    num_labels: Tensor  # int64 scalar
+    z_loss: Tensor  # float32 scalar; 0 for a dense model
+
+
+def next_token(model: Decoder, output: Output, batch: Batch, z_loss_weight: float) -> LossParts:
+    nll_sum = model.nll(output.hidden_TD, batch.label_T).sum()
+    z_loss = nll_sum.new_zeros(())
+    if output.routes:
+        z_loss = torch.stack([kernels.z_loss(route.logits_TS) for route in output.routes]).mean()
+    total = nll_sum / batch.label_T.numel() + z_loss_weight * z_loss
+    return LossParts(total, nll_sum.detach(), (batch.label_T != IGNORED).sum(), z_loss.detach())

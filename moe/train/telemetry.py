@@ -1,0 +1,66 @@
+"""What a training job says about itself: metrics.jsonl always, wandb where configured. Never a row of text."""
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe.config import TrackingConfig
+
+
+class Metrics:
+    """Appends one JSON object a line to `path`; rows of steps that are about to be done again are dropped first."""
+
+    def __init__(self, path: Path, resume_at: int, tracking: TrackingConfig, name: str):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        old = read(path) if path.is_file() else []
+        self._file = path.open("w", encoding="utf-8")
+        for row in old:
+            if row["step"] <= resume_at:
+                self._write(row)
+        self._wandb = _wandb_run(path.parent, tracking, name) if tracking.wandb != "off" else None
+
+    def log(self, row: dict[str, Any]) -> None:
+        self._write(row)
+        if self._wandb:
+            self._wandb.log(row, step=row["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; a last line that a dying process left half-written is not one."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Of this process: on the GPU what torch has held at most, on a CPU the largest resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _wandb_run(folder: Path, tracking: TrackingConfig, name: str) -> Any:
+    import wandb  # half a second that only those who use it pay
+
+    settings = wandb.Settings(silent=True, console="off", x_disable_stats=True)
+    return wandb.init(
+        project=tracking.project, name=name, dir=str(folder), mode=tracking.wandb, settings=settings
+    )
