@@ -37,6 +37,18 @@ def train(
     show(run, console)
 
 
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A finished run's folder, such as runs/quickstart.")]) -> None:
+    """Write report.html of RUN again, from the figures that lie in its folder.
+
+    Example: polyclinic report runs/quickstart
+    """
+    from moe.report.page import write_page
+    from moe.run_folder import RunFolder
+
+    Console().print(str(write_page(RunFolder(run))), soft_wrap=True, highlight=False, markup=False)
+
+
 def main() -> None:
     """Run the command; what goes wrong becomes one sentence and an exit status."""
     try:

@@ -41,9 +41,11 @@ def train(path: Path, overrides: Sequence[str], resume: bool, console: Console) 
         _describe(run, config)
         graph = _follow(config, run, capacity, console)
     _raise_first(graph, run)
-    from moe.report.results import write_results  # plotting takes a second to import
+    from moe.report.page import write_page  # plotting takes a second to import
+    from moe.report.results import write_results
 
     write_results(config, run, graph.progress.outputs, graph.progress.seconds, capacity.device)
+    write_page(run)
     return run
 
 

@@ -63,11 +63,10 @@ class Decoder(nn.Module):
             layer.ffn.router.use(slots)
 
     def cast(self, dtype: torch.dtype) -> "Decoder":
-        """Weights to `dtype`, but for the routers, which stay in float32."""
-        self.to(dtype)
-        for module in self.modules():
-            if isinstance(module, Router):
-                module.float()
+        """Weights to `dtype`, but for the routers, which stay in float32 and keep their bits."""
+        routers = {id(p) for module in self.modules() if isinstance(module, Router) for p in module.parameters()}
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(torch.float32 if id(parameter) in routers else dtype)
         return self
 
     @torch.no_grad()

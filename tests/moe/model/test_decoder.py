@@ -1,0 +1,269 @@
+"""The decoder against an independent one in float64, and what it promises in bits: documents do not see one another,
+the future is not seen, an absent slot is as good as none, and the anchor alone is the dense model."""
+
+import math
+
+import pytest
+import torch
+
+from kernels import IGNORED
+from moe.hashing import tensor_hashes
+from moe.model import Decoder
+
+VOCABULARY = 280
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+@pytest.fixture
+def make_decoder(model_config):
+    """A function: a decoder with random weights everywhere, in the router's vacant rows too."""
+
+    def decoder(slots=(), dtype=torch.float32, seed=3, **sizes):
+        made = Decoder(model_config(**sizes), VOCABULARY, slots)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in made.named_parameters():
+                if "norm" in name:
+                    parameter.copy_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
+                else:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
+        return made.cast(dtype)
+
+    return decoder
+
+
+# --- the same equations, once more, for one document at a time
+
+
+def norm(x, weight, eps):
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def turned(x, theta):
+    """RoPE by complex numbers: element c and c + C/2 are the parts of one number."""
+    n, _, width = x.shape
+    half = width // 2
+    angle = torch.arange(n).double()[:, None] * theta ** (-torch.arange(half).double() / half)
+    z = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)[:, None]
+    return torch.cat([z.real, z.imag], dim=-1)
+
+
+def independent_attention(x, p, config):
+    n, C = len(x), config.head_size
+    q, k, v = ((x @ p[f"{name}_proj.weight"].T).view(n, -1, C) for name in "qkv")
+    if config.qk_norm:
+        q, k = norm(q, p["q_norm.weight"], config.norm_eps), norm(k, p["k_norm.weight"], config.norm_eps)
+    q, k = turned(q, config.rope_theta), turned(k, config.rope_theta)
+    heads = []
+    for h in range(config.num_heads):
+        g = h // (config.num_heads // config.num_kv_heads)
+        rows = []
+        for t in range(n):
+            first = 0 if config.window is None else max(0, t - config.window + 1)
+            weight = (k[first : t + 1, g] @ q[t, h] / math.sqrt(C)).softmax(0)
+            rows.append(weight @ v[first : t + 1, g])
+        heads.append(torch.stack(rows))
+    return torch.stack(heads, dim=1).flatten(1) @ p["o_proj.weight"].T
+
+
+def independent_ffn(x, p, config, present):
+    def expert(number, row):
+        gate, up = (p["experts.w_gate_up"][number] @ row).chunk(2)
+        return p["experts.w_down"][number] @ (gate * gate.sigmoid() * up)
+
+    if not present:
+        return torch.stack([expert(0, row) for row in x])
+    out = []
+    for row in x:
+        z = {slot: p["router.table"][slot] @ row + p["router.bias"][slot] for slot in present}
+        chosen = sorted(sorted(present, key=lambda slot: -float(z[slot].detach()))[: config.top_k])
+        weight = torch.stack([z[slot] for slot in chosen]).softmax(0)
+        out.append(sum(w * expert(present.index(slot), row) for w, slot in zip(weight, chosen, strict=True)))
+    return torch.stack(out)
+
+
+def independent(parameters, config, slots, token_T, edges):
+    """Logits [T, V] of documents laid end to end."""
+
+    def below(prefix):
+        return {k.removeprefix(prefix): v for k, v in parameters.items() if k.startswith(prefix)}
+
+    logits = []
+    for first, last in zip(edges, edges[1:], strict=False):
+        x = parameters["embedding.weight"][token_T[first:last]]
+        for number in range(config.num_layers):
+            p = below(f"layers.{number}.")
+            h = norm(x, p["attention_norm.weight"], config.norm_eps)
+            x = x + independent_attention(h, below(f"layers.{number}.attention."), config)
+            h = norm(x, p["ffn_norm.weight"], config.norm_eps)
+            x = x + independent_ffn(h, below(f"layers.{number}.ffn."), config, slots)
+        logits.append(norm(x, parameters["norm.weight"], config.norm_eps) @ parameters["embedding.weight"].T)
+    return torch.cat(logits)
+
+
+@pytest.mark.parametrize(
+    "slots, sizes",
+    [
+        pytest.param((), {}, id="dense"),
+        pytest.param((), {"qk_norm": False, "num_kv_heads": 4}, id="dense-without-norms-or-groups"),
+        pytest.param((), {"window": 3, "norm_eps": 1e-3, "rope_theta": 50.0}, id="window-eps-theta"),
+        pytest.param((0, 1, 2, 7), {}, id="mixture"),
+        pytest.param((0, 3), {"top_k": 1}, id="one-expert-a-token"),
+        pytest.param((0, 15), {"top_k": 4}, id="fewer-slots-than-experts-a-token"),
+    ],
+)
+def test_matches_an_independent_decoder(make_decoder, make_batch, slots, sizes):
+    decoder = make_decoder(slots, **sizes).double()
+    batch = make_batch(5, 1, 8)
+    parameters = {name: p.detach().clone().requires_grad_() for name, p in decoder.named_parameters()}
+
+    output = decoder(batch.token_T, batch.documents)
+    nll_T = decoder.nll(output.hidden_TD, batch.label_T)
+    logits = output.hidden_TD @ decoder.embedding.weight.T
+    want = independent(parameters, decoder.config, decoder.slots, batch.token_T, batch.documents.boundaries)
+    labelled = batch.label_T != IGNORED
+    picked = want.log_softmax(-1).gather(1, batch.label_T.clamp(min=0)[:, None])[:, 0]
+    want_T = torch.where(labelled, -picked, 0.0)
+
+    # The op's table of angles is float32: its cosines are off by up to 6e-8 each.
+    torch.testing.assert_close(logits, want, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(nll_T, want_T, rtol=1e-6, atol=1e-6)
+    weight_T = torch.linspace(0.5, 1.5, nll_T.numel(), dtype=torch.float64)
+    got = torch.autograd.grad(nll_T @ weight_T, list(decoder.parameters()), allow_unused=True)
+    wanted = torch.autograd.grad(want_T @ weight_T, list(parameters.values()), allow_unused=True)
+    for name, a, b in zip(parameters, got, wanted, strict=True):
+        b = torch.zeros_like(a) if b is None else b
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"gradient of {n}: {m}")
+        assert slots or a.abs().max() > 1e-3, f"{name} is not used"
+
+
+# --- who sees what
+
+
+@DTYPES
+@pytest.mark.parametrize("slots", [(), (0, 1, 2)], ids=["dense", "mixture"])
+def test_documents_do_not_see_one_another(make_decoder, make_batch, logits, dtype, slots):
+    decoder, batch = make_decoder(slots, dtype), make_batch(5, 9, 4)
+    before = logits(decoder, batch)
+    batch.token_T[5:14] = (batch.token_T[5:14] + 1) % VOCABULARY
+    after = logits(decoder, batch)
+    assert torch.equal(after[:5], before[:5]) and torch.equal(after[14:], before[14:])
+    assert (after[5:14] != before[5:14]).any(dim=1).all()
+
+
+@DTYPES
+@pytest.mark.parametrize("slots", [(), (0, 1, 2)], ids=["dense", "mixture"])
+def test_the_future_is_not_seen(make_decoder, make_batch, logits, dtype, slots):
+    decoder, batch = make_decoder(slots, dtype), make_batch(16)
+    before = logits(decoder, batch)
+    batch.token_T[9] = (batch.token_T[9] + 1) % VOCABULARY
+    after = logits(decoder, batch)
+    assert torch.equal(after[:9], before[:9])
+    assert (after[9:] != before[9:]).any(dim=1).all()
+
+
+def test_a_window_ends_where_it_says(make_decoder, make_batch, logits):
+    decoder, batch = make_decoder(num_layers=1, window=4), make_batch(16)
+    before = logits(decoder, batch)
+    batch.token_T[5] = (batch.token_T[5] + 1) % VOCABULARY
+    changed = (logits(decoder, batch) != before).any(dim=1)
+    assert changed.nonzero().flatten().tolist() == [5, 6, 7, 8]
+
+
+def test_a_document_is_the_same_wherever_it_stands(make_decoder, make_batch, logits):
+    """Positions count from the document's first token, so its place in the batch does not matter."""
+    decoder, batch = make_decoder((0, 1, 2)), make_batch(7, 7)
+    batch.token_T[7:] = batch.token_T[:7]
+    first, second = logits(decoder, batch).split(7)
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
+
+
+# --- slots
+
+
+@DTYPES
+def test_the_anchor_alone_is_the_dense_model(make_decoder, make_batch, logits, dtype):
+    dense, batch = make_decoder((), dtype), make_batch(5, 9, 4)
+    mixture = make_decoder((0,), dtype, seed=4)
+    missing, unexpected = mixture.load_state_dict(dense.state_dict(), strict=False)
+    assert not unexpected and {name.split(".", 2)[2] for name in missing} == {"ffn.router.table", "ffn.router.bias"}
+    assert torch.equal(logits(mixture, batch), logits(dense, batch))
+
+
+@DTYPES
+@pytest.mark.parametrize("kept", [(0,), (0, 2), (0, 5, 15), (0, 2, 5, 15)], ids=str)
+def test_a_masked_slot_is_a_removed_slot(make_decoder, make_batch, logits, dtype, kept):
+    slots, batch = (0, 2, 5, 15), make_batch(5, 9, 4)
+    full = make_decoder(slots, dtype)
+    places = [slots.index(slot) for slot in kept]
+    tensors = {k: v[places] if ".experts." in k else v.clone() for k, v in full.state_dict().items()}
+    for name in tensors:
+        if name.endswith("router.table"):
+            tensors[name][[slot for slot in range(16) if slot not in kept]] = 0
+    removed = make_decoder(kept, dtype)
+    removed.load_state_dict(tensors)
+    everybody = logits(full, batch)
+    full.use(kept)
+    assert torch.equal(logits(full, batch), logits(removed, batch))
+    assert torch.equal(logits(full, batch), everybody) == (kept == slots)
+    full.use(slots)
+    assert torch.equal(logits(full, batch), everybody)  # masking leaves no trace
+
+
+@pytest.mark.parametrize("slots", [pytest.param((), id="none"), pytest.param((0, 4), id="one-that-is-not-there")])
+def test_slots_that_cannot_be_used_are_refused(make_decoder, slots):
+    with pytest.raises(ValueError, match=r"cannot be used: want some of \[0, 1, 2\]"):
+        make_decoder((0, 1, 2)).use(slots)
+
+
+def test_routes_are_given_for_every_mixture_layer(make_decoder, make_batch):
+    batch = make_batch(5, 4)
+    assert make_decoder()(batch.token_T, batch.documents).routes == ()
+    decoder = make_decoder((0, 2, 5))
+    routes = decoder(batch.token_T, batch.documents).routes
+    assert len(routes) == 2
+    for route in routes:
+        assert route.slot_TK.shape == (9, 2) and set(route.slot_TK.flatten().tolist()) <= {0, 2, 5}
+        present = route.logits_TS.isfinite().any(dim=0)
+        assert present.nonzero().flatten().tolist() == [0, 2, 5]
+
+
+# --- weights
+
+
+def test_initialisation_is_the_seeds_and_nobody_elses(model_config):
+    def hashes(seed):
+        torch.manual_seed(seed + 100)  # torch's own generator must not matter
+        return tensor_hashes(Decoder(model_config(), VOCABULARY).initialise(seed).state_dict())
+
+    first, again, other = hashes(1), hashes(1), hashes(2)
+    assert first == again
+    assert {name for name in first if first[name] == other[name]} == {name for name in first if "norm" in name}
+
+
+def test_initialisation_follows_its_rule(model_config):
+    config = model_config(d_model=128, d_ff=256, num_layers=8)
+    for name, tensor in Decoder(config, VOCABULARY).initialise(1).state_dict().items():
+        if "norm" in name:
+            assert (tensor == 1).all(), name
+            continue
+        want = 0.02 / 4 if name.endswith(("o_proj.weight", "w_down")) else 0.02  # 4 = sqrt(2 * 8 layers)
+        # Five standard errors of a standard deviation over n draws.
+        assert abs(tensor.std().item() / want - 1) < 5 / math.sqrt(2 * tensor.numel()), name
+
+
+def test_a_cast_leaves_the_routers_in_float32_bit_for_bit(make_decoder):
+    decoder = make_decoder((0, 1))
+    before = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
+    assert decoder.cast(torch.bfloat16) is decoder
+    for name, tensor in decoder.state_dict().items():
+        if ".router." in name:
+            assert tensor.dtype == torch.float32 and torch.equal(tensor, before[name]), name
+        else:
+            assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, before[name].bfloat16()), name
+
+
+def test_ignored_labels_cost_nothing(make_decoder, make_batch):
+    decoder, batch = make_decoder(), make_batch(5, 4)
+    nll_T = decoder.nll(decoder(batch.token_T, batch.documents).hidden_TD, batch.label_T)
+    assert nll_T.dtype == torch.float32 and (nll_T == 0).nonzero().flatten().tolist() == [4, 8]
