@@ -22,6 +22,7 @@ from moe.data import sources
 from moe.errors import InputError
 from moe.hashing import value_hash
 from moe.run_folder import RunFolder
+from moe.train import engine_settings
 
 POLL_SECONDS = 0.25
 VERSIONS = ("torch", "deepspeed", "ray", "transformers", "tokenizers", "safetensors", "numpy")
@@ -32,6 +33,7 @@ def train(path: Path, overrides: Sequence[str], resume: bool, console: Console) 
     asked to stop, StageFailed where a stage failed."""
     config = load(path, overrides)
     run = RunFolder(config.run.path)
+    engine_settings.check(config)
     sources.check(PUBLIC, config.public)
     for name, owner in config.owners.items():
         sources.check(name, owner.data)

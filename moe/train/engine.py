@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe.config import TrainConfig
-from moe.errors import InputError
+from moe.train.engine_settings import settings
 from moe.train.schedule import warmup_cosine
 
 if not torch.cuda.is_available():
@@ -42,20 +42,6 @@ def connect() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
-
-
-def settings(config: TrainConfig, precision: str, world_size: int, passthrough: dict[str, Any]) -> dict[str, Any]:
-    """DeepSpeed's config: ours, then the `deepspeed:` section. Raises InputError where the two clash."""
-    ours = {
-        "train_batch_size": config.batch_size,
-        "train_micro_batch_size_per_gpu": config.micro_batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation(world_size),
-        "gradient_clipping": config.clip,
-        "bf16": {"enabled": precision == "bfloat16"},
-        "zero_optimization": {"stage": config.zero_stage},
-        "steps_per_print": 2**31,
-    }
-    return _merge(ours, passthrough, "deepspeed")
 
 
 class Engine:
@@ -140,15 +126,3 @@ class Engine:
         # out every later group: link anew before each use.
         self._optimizer._hp_optimizer_states_linked = False
         self._optimizer._lazy_init_hp_params_optimizer_state()
-
-
-def _merge(ours: dict[str, Any], given: dict[str, Any], key: str) -> dict[str, Any]:
-    merged = dict(ours)
-    for name, value in given.items():
-        if isinstance(value, dict) and isinstance(merged.get(name), dict):
-            merged[name] = _merge(merged[name], value, f"{key}.{name}")
-        elif name in merged and merged[name] != value:
-            raise InputError(f"{key}.{name}={value!r} clashes with {merged[name]!r}, which other sections set")
-        else:
-            merged[name] = value
-    return merged

@@ -6,7 +6,8 @@ import torch
 
 from moe.errors import InputError
 from moe.hashing import tensor_hashes
-from moe.train.engine import MOMENTS, Engine, settings
+from moe.train.engine import MOMENTS, Engine
+from moe.train.engine_settings import settings
 from moe.train.objective import next_token
 from moe.train.schedule import warmup_cosine
 
