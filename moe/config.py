@@ -24,12 +24,12 @@ FilePath = Annotated[Path, Field(strict=False)]
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-PUBLIC = "public"  # the anchor's domain; no owner may take this name
-ANCHOR_SLOT = 0
+PUBLIC = "public"  # the anchor's domain
+ANCHOR, ANCHOR_SLOT = "anchor", 0
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class RunSection(Section):
@@ -117,6 +117,10 @@ class DataConfig(Section):
             )
         if self.held_out and not self.documents:
             raise ValueError("data.held_out is given without data.documents: want both or neither")
+        if self.max_characters and not self.demonstration:
+            raise ValueError(
+                f"data.max_characters={self.max_characters}: want it with data.demonstration, the only source it caps"
+            )
         return self
 
 
@@ -159,12 +163,11 @@ class PackConfig(Section):
     train: TrainConfig
     replay_share: Share  # of the sequences that are public text
     z_loss_weight: NonNegativeFloat = 1e-3
-    init_documents: PositiveInt = 1000  # documents whose hidden states initialise the router row
+    router_tokens: PositiveInt = 32768  # of the owner's and of public text each, from which router rows are fitted
 
 
 class CalibrationConfig(Section):
     rho: Annotated[float, Field(gt=0, lt=1)] = 0.05  # share of public tokens on which an expert may outrank the anchor
-    spread: PositiveFloat = 1.0  # standard deviation of (z_i - z_0) over public tokens
     tokens: PositiveInt = 16384  # of public held-out text
 
 
@@ -207,9 +210,10 @@ class Config(Section):
             raise ValueError("owners is empty: want at least one owner with a slot and data")
         holder: dict[int, str] = {}
         for name, owner in self.owners.items():
-            if not NAME.fullmatch(name) or name == PUBLIC:
+            if not NAME.fullmatch(name) or name in (PUBLIC, ANCHOR):
                 raise ValueError(
-                    f"owners.{name}: want a name of lower-case letters, digits and '_' that is not {PUBLIC!r}"
+                    f"owners.{name}: want a name of lower-case letters, digits and '_' that is not {PUBLIC!r} or "
+                    f"{ANCHOR!r}"
                 )
             if owner.slot >= self.model.num_slots:
                 raise ValueError(

@@ -27,7 +27,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
             raise InputError(f"override {override!r}: want key=value, such as anchor.steps=100")
         try:
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
+        except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
             raise InputError(f"override {override!r} does not fit the config: {_first_line(error)}") from error
     try:
         values = OmegaConf.to_container(merged, resolve=True)
@@ -60,13 +60,19 @@ def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
         own = OmegaConf.load(path)
     except OSError as error:
         raise InputError(f"config {path} cannot be read: {error.strerror}") from error
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"config {path} is not YAML: {_first_line(error)}") from error
     if not isinstance(own, DictConfig):
         raise InputError(f"config {path} is a list: want sections with keys")
     parents = own.pop("extends", None) or []
     parents = [parents] if isinstance(parents, str) else parents
-    return OmegaConf.merge(*(_read(path.parent / parent, (*seen, path)) for parent in parents), own)
+    if not isinstance(parents, Sequence) or not all(isinstance(parent, str) for parent in parents):
+        raise InputError(f"config {path}: extends={parents}: want a file or a list of files")
+    layers = [_read(path.parent / parent, (*seen, path)) for parent in parents]
+    try:
+        return OmegaConf.merge(*layers, own)
+    except TypeError as error:
+        raise InputError(f"config {path} does not fit what it extends: {_first_line(error)}") from error
 
 
 def _sentence(error: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 def tensor_hash(tensor: Tensor) -> str:
     """Of a tensor's dtype, shape and bits, wherever it lies."""
-    contiguous = tensor.detach().cpu().contiguous()
+    contiguous = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)  # strides as the shape says
     digest = hashlib.sha256(f"{contiguous.dtype}{list(contiguous.shape)}".encode())
     digest.update(contiguous.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -101,7 +101,8 @@ class Loader:
         replay_share: float = 0.0,
     ):
         assert batch_size % (micro_batch_size * world_size) == 0, "the config checks this"
-        self.source, self.replay, self.replay_share = source, replay, replay_share
+        self.source, self.replay = source, replay
+        self.replay_share = replay_share if replay else 0.0
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
         self.rank, self.world_size = rank, world_size
         self.position = 0
@@ -119,7 +120,7 @@ class Loader:
 
     def _sequence(self, index: int) -> list[Piece]:
         replayed = floor(index * self.replay_share)
-        if self.replay is not None and floor((index + 1) * self.replay_share) > replayed:
+        if floor((index + 1) * self.replay_share) > replayed:
             return self.replay.sequence(replayed)
         return self.source.sequence(index - replayed)
 

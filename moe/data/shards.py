@@ -11,7 +11,6 @@ against the manifest and names the one that is damaged.
 """
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -22,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from moe import manifest as manifests
 from moe.data.tokenizer import encode, identity
 from moe.errors import InputError
 
@@ -75,7 +75,7 @@ def write(
         **totals,
         "files": files,
     }
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    manifests.write(temporary / MANIFEST, manifest)
     os.replace(temporary, folder)
     return manifest
 
@@ -144,9 +144,9 @@ def _shards(
 
 def _read_manifest(folder: Path) -> dict:
     try:
-        return json.loads((folder / MANIFEST).read_text())
+        return manifests.read(folder / MANIFEST)
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder} is not a folder of packed documents: its {MANIFEST} cannot be read") from error
+        raise InputError(f"packed documents {folder} cannot be read: {error}") from error
 
 
 def _check_file(path: Path, expected: dict) -> None:

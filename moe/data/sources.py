@@ -1,7 +1,7 @@
 """Documents of a domain, split into train, calibration and eval, whatever they come from.
 
-`calibration` exists for the public domain only: held-out text on which packs are calibrated, kept apart from the
-text on which the result is measured.
+`calibration` exists for the public domain only: text on which packs are calibrated, kept apart from what the anchor
+is trained on and from what the result is measured on.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow.parquet as parquet
+from pyarrow import ArrowException, parquet
 from tokenizers import Tokenizer
 
 from moe.config import PUBLIC, DataConfig
@@ -44,16 +44,16 @@ def read(name: str, config: DataConfig, folder: Path, seed: int) -> dict[str, li
         train = list(_rows(corpus / "documents.train.jsonl"))
         held_out = list(_rows(corpus / "documents.eval.jsonl"))
     elif config.noise_documents:
-        train, held_out = _split(_noise(config.noise_documents, seed), config.held_out_share)
+        train, held_out = _split(_noise(config.noise_documents, seed), "eval", config.held_out_share)
     else:
         train = [row for path in config.documents for row in _rows(path)]
         if config.held_out:
             held_out = [row for path in config.held_out for row in _rows(path)]
         else:
-            train, held_out = _split(train, config.held_out_share)
+            train, held_out = _split(train, "eval", config.held_out_share)
     splits = {"train": train, "eval": held_out}
     if name == PUBLIC:
-        splits["calibration"], splits["eval"] = _split(held_out, share=0.5)
+        splits["train"], splits["calibration"] = _split(train, "calibration", config.held_out_share)
     for split, rows in splits.items():
         if not rows:
             raise InputError(f"{name} has no documents for its {split} split: want at least one; give it more text")
@@ -69,28 +69,40 @@ def pack(splits: dict[str, list[Document]], folder: Path, tokenizer: Tokenizer) 
 
 def _rows(path: Path) -> Iterator[Document]:
     """Documents of a JSON-lines or Parquet file. Raises InputError naming file and row where text is missing."""
-    rows = parquet.read_table(path).to_pylist() if path.suffix == ".parquet" else _json_rows(path)
+    rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
     for number, row in enumerate(rows, start=1):
         text = row.get("text") if isinstance(row, dict) else None
         if not isinstance(text, str) or not text.strip():
             raise InputError(f"{path} row {number} has no text: want a `text` column that is a non-empty string")
-        yield Document(str(row.get("id") or hashlib.sha256(text.encode()).hexdigest()[:16]), text)
+        try:
+            text_hash = hashlib.sha256(text.encode()).hexdigest()[:16]
+        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+            raise InputError(f"{path} row {number} has text that is not Unicode: {error.reason}") from error
+        yield Document(text_hash if row.get("id") in (None, "") else str(row["id"]), text)
+
+
+def _parquet_rows(path: Path) -> list[dict]:
+    try:
+        return parquet.read_table(path).to_pylist()
+    except (OSError, ArrowException) as error:
+        raise InputError(f"{path} cannot be read as Parquet: {error}") from error
 
 
 def _json_rows(path: Path) -> Iterator[object]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 yield json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{path} row {number} is not JSON: want one object a line") from error
+            except ValueError as error:  # of JSON or of UTF-8
+                raise InputError(f"{path} row {number} is not JSON in UTF-8: want one object a line") from error
 
 
-def _split(rows: list[Document], share: float) -> tuple[list[Document], list[Document]]:
-    """(rest, share) by a hash of each document's id, so that a row's side does not depend on the other rows."""
+def _split(rows: list[Document], name: str, share: float) -> tuple[list[Document], list[Document]]:
+    """(rest, share) by a hash of the split's name and each document's id, so that a row's side does not depend on the
+    other rows, nor on an earlier split."""
 
     def position(row: Document) -> float:
-        return int(hashlib.sha256(row.id.encode()).hexdigest()[:8], 16) / 2**32
+        return int(hashlib.sha256(f"{name}|{row.id}".encode()).hexdigest()[:8], 16) / 2**32
 
     return [r for r in rows if position(r) >= share], [r for r in rows if position(r) < share]
 

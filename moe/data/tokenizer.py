@@ -40,13 +40,23 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             f"tokenizer.vocab_size={vocab_size}: the public text yields only {tokenizer.get_vocab_size()} tokens; "
             "want a smaller vocabulary or more text"
         )
-    return tokenizer
+    return _as_text_only(tokenizer)
 
 
 def load(path: Path) -> Tokenizer:
+    """Raises InputError where the file is missing or holds no tokenizer."""
     if not path.is_file():
         raise InputError(f"tokenizer {path} does not exist")
-    return Tokenizer.from_file(str(path))
+    try:
+        return _as_text_only(Tokenizer.from_file(str(path)))
+    except Exception as error:  # what the library raises has no type of its own
+        raise InputError(f"tokenizer {path} cannot be read: {error}") from error
+
+
+def _as_text_only(tokenizer: Tokenizer) -> Tokenizer:
+    """A document that quotes <|eos|> does not end there."""
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
 def identity(tokenizer: Tokenizer) -> str:

@@ -93,10 +93,14 @@ def load(folder: Path, device: torch.device | str = "cpu") -> ModelFolder:
         raise InputError(f"{folder} holds a model of type {config.get('model_type')!r}: want {MODEL_TYPE!r}")
     try:
         section = ModelConfig.model_validate({key: config[key] for key in ModelConfig.model_fields})
-    except (KeyError, ValidationError) as error:
+        vocab_size, slots = config["vocab_size"], config["slots"]
+        owners, anchor_hash = config["owners"], config["anchor_hash"]
+    except KeyError as error:
+        raise InputError(f"{folder}/config.json does not describe a model: {error.args[0]} is missing") from error
+    except ValidationError as error:
         raise InputError(f"{folder}/config.json does not describe a model: {error}") from error
     with torch.device("meta"):
-        decoder = Decoder(section, config["vocab_size"], config["slots"])
+        decoder = Decoder(section, vocab_size, slots)
     wanted = decoder.state_dict()
     for name in sorted(wanted.keys() | tensors.keys()):
         got = tensors.get(name)
@@ -105,9 +109,9 @@ def load(folder: Path, device: torch.device | str = "cpu") -> ModelFolder:
                 f"{folder}/{TENSORS}: tensor {name} is {None if got is None else list(got.shape)}: "
                 f"want {list(wanted[name].shape) if name in wanted else 'no such tensor'}"
             )
-    decoder = Decoder(section, config["vocab_size"], config["slots"]).to(device)  # buffers are computed, not stored
+    decoder = Decoder(section, vocab_size, slots).to(device)  # buffers are computed, not stored
     decoder.load_state_dict(tensors, assign=True)
-    return ModelFolder(decoder, load_tokenizer(folder / "tokenizer.json"), config["owners"], config["anchor_hash"])
+    return ModelFolder(decoder, load_tokenizer(folder / "tokenizer.json"), owners, anchor_hash)
 
 
 def is_dense(model: ModelFolder) -> bool:

@@ -1,9 +1,8 @@
-"""Calibration: make the logits of owners who never met comparable, and keep them quiet on public text.
+"""Calibration: keep experts quiet on public text.
 
-For each layer, over the tokens of public held-out text, with d = z_i - z_0 = (r_i - r_0) x:
+For each layer, over the tokens of public text that was trained on by nobody:
 
-    r_i <- r_i spread / std(d)                    every owner's logits have the same spread over public text
-    b_i  = - quantile of (r_i - r_0) x at 1 - rho     expert i outranks the anchor on a share rho of public tokens
+    b_i = - quantile of (r_i - r_0) x at 1 - rho     expert i outranks the anchor on a share rho of public tokens
 
 It needs the pack and public text only, so it stays with the owner and does not depend on other owners. Layers are
 done bottom up, since what a layer does changes what the next one sees.
@@ -20,15 +19,12 @@ from moe.model import Decoder
 
 
 @torch.no_grad()
-def calibrate(model: Decoder, public: Callable[[], Iterable[Batch]], rho: float, spread: float) -> None:
-    """Set row and bias of every layer of a model with an open slot; `public` gives the same batches at each call."""
+def calibrate(model: Decoder, public: Callable[[], Iterable[Batch]], rho: float) -> None:
+    """Set the bias of every layer of a model with an open slot; `public` gives the same batches at each call."""
     for number, layer in enumerate(model.layers):
-        ffn = layer.ffn
-        advantage_T = _advantage(model, public(), number, ffn.slot)
-        scale = spread / advantage_T.std()
-        unbiased_T = (advantage_T - ffn.bias.float()) * scale
-        ffn.row.mul_(scale.to(ffn.row.dtype))
-        ffn.bias.copy_(-torch.quantile(unbiased_T, 1 - rho))
+        bias = layer.ffn.bias
+        unbiased_T = _advantage(model, public(), number, layer.ffn.slot) - bias.float()
+        bias.copy_(-torch.quantile(unbiased_T, 1 - rho))
 
 
 def _advantage(model: Decoder, batches: Iterable[Batch], layer: int, slot: int) -> Tensor:

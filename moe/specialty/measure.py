@@ -6,6 +6,8 @@ What is measured, and the claim it belongs to:
     which expert the router prefers, by layer                                                  purity, win rate
 """
 
+import copy
+from dataclasses import replace
 from itertools import chain, combinations
 from typing import Any
 
@@ -94,25 +96,27 @@ def compare_subsets(anchor: ModelFolder, merged: ModelFolder, batch: Batch) -> d
     to those of a model in which they never were? And would a router with a table of as many rows as experts differ?"""
     owners = merged.owners
     subsets = list(chain.from_iterable(combinations(owners, n) for n in range(len(owners) + 1)))
-    original = merged.decoder.embedding.weight.dtype
     all_equal, plain_differs = True, False
     for dtype in (torch.float32, torch.bfloat16):
-        merged.decoder.cast(dtype)
+        anchor, merged = _in(anchor, dtype), _in(merged, dtype)
         for subset in subsets:
             never = opt_out(merged, owners.keys() - set(subset))
             merged.decoder.use([ANCHOR_SLOT, *(owners[name] for name in subset)])
             masked_TV = _logits(merged.decoder, batch)
             all_equal &= torch.equal(masked_TV, _logits(never.decoder, batch))
             if not subset:
-                all_equal &= torch.equal(masked_TV, _logits(anchor.decoder.cast(dtype), batch))
+                all_equal &= torch.equal(masked_TV, _logits(anchor.decoder, batch))
             plain_differs |= _plain_router_differs(merged, subset, batch)
-    merged.decoder.cast(original).use(merged.decoder.slots)
-    anchor.decoder.cast(original)
     return {
         "subsets": len(subsets),
         "bitwise_equal": all_equal,
         "plain_router_differs": plain_differs,
     }
+
+
+def _in(model: ModelFolder, dtype: torch.dtype) -> ModelFolder:
+    """A copy with weights of `dtype`."""
+    return replace(model, decoder=copy.deepcopy(model.decoder).cast(dtype))
 
 
 def _logits(model: Decoder, batch: Batch) -> Tensor:

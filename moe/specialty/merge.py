@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moe.config import ANCHOR_SLOT
 from moe.errors import InputError
@@ -20,13 +19,17 @@ def merge(anchor: ModelFolder, packs: Sequence[Pack]) -> ModelFolder:
     Raises InputError naming the pack that stands on another anchor, or two packs that claim one slot."""
     if not is_dense(anchor):
         raise InputError("the anchor to merge on is a mixture already: want a dense model")
-    anchor_hash = anchor.identity()
+    anchor_hash, num_slots = anchor.identity(), anchor.decoder.config.num_slots
     holder: dict[int, str] = {}
     for pack in packs:
         if pack.anchor_hash != anchor_hash:
             raise InputError(
                 f"pack {pack.owner} was trained on anchor {pack.anchor_hash[:12]}: want {anchor_hash[:12]}, this one"
             )
+        if not ANCHOR_SLOT < pack.slot < num_slots:
+            raise InputError(f"pack {pack.owner} claims slot {pack.slot}: want one from 1 to {num_slots - 1}")
+        if pack.owner in holder.values():
+            raise InputError(f"owner {pack.owner} has two packs, which could not leave together: want one")
         if pack.slot in holder:
             raise InputError(f"packs {holder[pack.slot]} and {pack.owner} both claim slot {pack.slot}: want one each")
         holder[pack.slot] = pack.owner
@@ -76,11 +79,11 @@ def opt_out(model: ModelFolder, owners: Iterable[str]) -> ModelFolder:
 
 
 def certificate(before: ModelFolder, after: ModelFolder) -> dict[str, Any]:
-    """What was removed and proof that it is gone: the hash of every slice each slot has, and those no longer there."""
+    """What was removed, and the hashes that show that nothing of it is left and nothing else has changed."""
     removed = {name: slot for name, slot in before.owners.items() if name not in after.owners}
     old, new = _slices(before.decoder), _slices(after.decoder)
-    gone = {name: digest for (name, slot), digest in old.items() if slot in removed.values()}
-    kept = {key: digest for key, digest in old.items() if key[1] not in removed.values()}
+    slots = set(removed.values())
+    gone = {f"{name}[slot {slot}]": digest for (name, slot), digest in old.items() if slot in slots}
     # A slice that training left as it was copied from the anchor is the anchor's, not the owner's.
     anchors = {digest for (_, slot), digest in old.items() if slot == ANCHOR_SLOT}
     left = (set(gone.values()) & set(new.values())) - anchors
@@ -92,19 +95,25 @@ def certificate(before: ModelFolder, after: ModelFolder) -> dict[str, Any]:
         "removed": removed,
         "removed_tensors": gone,
         "removed_tensors_found_after": sorted(left),
-        "kept_tensors_unchanged": kept == new,
+        "kept_tensors_unchanged": _without(slots, old) == _without(slots, new),
     }
 
 
-def _slices(decoder: Decoder) -> dict[tuple[str, int], str]:
-    """Hash of what each present slot owns of each tensor: its matrices, its router row and its bias."""
+Slices = dict[tuple[str, int | None], str]  # (tensor, slot; None where it belongs to all) -> hash
 
-    def owned(name: str, tensor: Tensor, slot: int) -> Tensor:
-        return tensor[decoder.slots.index(slot)] if ".experts." in name else tensor[slot]
 
-    return {
-        (name, slot): tensor_hash(owned(name, tensor, slot))
-        for name, tensor in decoder.state_dict().items()
-        if ".experts." in name or ".router." in name
-        for slot in decoder.slots
-    }
+def _slices(decoder: Decoder) -> Slices:
+    """Hashes of each expert's matrices, of every router row and bias, vacant ones too, and of all shared tensors."""
+    slices: Slices = {}
+    for name, tensor in decoder.state_dict().items():
+        if ".experts." in name:
+            slices |= {(name, slot): tensor_hash(tensor[place]) for place, slot in enumerate(decoder.slots)}
+        elif ".router." in name:
+            slices |= {(name, slot): tensor_hash(row) for slot, row in enumerate(tensor)}
+        else:
+            slices[name, None] = tensor_hash(tensor)
+    return slices
+
+
+def _without(slots: set[int], slices: Slices) -> Slices:
+    return {(name, slot): digest for (name, slot), digest in slices.items() if slot not in slots}

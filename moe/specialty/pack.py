@@ -8,10 +8,8 @@ loss. Attention, norms and embedding are the anchor's and frozen too, so packs o
 """
 
 import copy
-import json
 import os
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +21,8 @@ from torch import Tensor, nn
 
 import kernels
 from kernels import Route
+from moe import manifest as manifests
 from moe.config import ANCHOR_SLOT
-from moe.data.loader import Batch
 from moe.errors import InputError
 from moe.hashing import tensor_hash, tensor_hashes
 from moe.model import Decoder
@@ -70,39 +68,6 @@ def open_slot(anchor: Decoder, slot: int) -> Decoder:
     return anchor
 
 
-@torch.no_grad()
-def initialise_rows(model: Decoder, own: Iterable[Batch], public: Iterable[Batch]) -> None:
-    """r = (mu_own - mu_public) / its norm, where mu is the mean of what the layer's router sees; b = 0."""
-    for layer, mu_own, mu_public in zip(
-        model.layers, _mean_inputs(model, own), _mean_inputs(model, public), strict=True
-    ):
-        direction_D = mu_own - mu_public
-        layer.ffn.row.copy_(direction_D / direction_D.norm())
-        layer.ffn.bias.zero_()
-
-
-def _mean_inputs(model: Decoder, batches: Iterable[Batch]) -> list[Tensor]:
-    """Mean over tokens of each layer's router input, float32 [D]."""
-    device = model.embedding.weight.device
-    sums = torch.zeros(len(model.layers), model.config.d_model, dtype=torch.float64, device=device)
-
-    def hook(number: int):
-        def add(_, inputs: tuple[Tensor]) -> None:
-            sums[number] += inputs[0].double().sum(dim=0)
-
-        return add
-
-    hooks = [layer.ffn.register_forward_pre_hook(hook(n)) for n, layer in enumerate(model.layers)]
-    count = 0
-    for batch in batches:
-        batch = batch.to(device)
-        model(batch.token_T, batch.documents)
-        count += batch.token_T.numel()
-    for handle in hooks:
-        handle.remove()
-    return list((sums / count).float())
-
-
 @dataclass(frozen=True)
 class Pack:
     owner: str
@@ -140,7 +105,7 @@ class Pack:
             "tensors": self.hashes(),
             **self.provenance,
         }
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        manifests.write(temporary / MANIFEST, manifest)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
 
@@ -148,7 +113,7 @@ class Pack:
     def load(cls, folder: Path) -> "Pack":
         """Raises InputError naming the file or the tensor that is damaged."""
         try:
-            manifest = json.loads((folder / MANIFEST).read_text())
+            manifest = manifests.read(folder / MANIFEST)
             tensors = load_file(folder / TENSORS)
         except (OSError, ValueError, SafetensorError) as error:
             raise InputError(f"pack {folder} cannot be read: {error}") from error

@@ -17,7 +17,8 @@ from moe.hf.folder import ModelFolder
 from moe.model import Decoder
 from moe.run_folder import RunFolder
 from moe.specialty.calibrate import calibrate
-from moe.specialty.pack import Pack, initialise_rows, open_slot
+from moe.specialty.pack import Pack, open_slot
+from moe.specialty.triage import fit_rows
 from moe.train.loop import Job, train
 from moe.train.recorder import Report
 
@@ -41,9 +42,7 @@ def train_anchor(config: Config, run: RunFolder, identity: str, device: torch.de
     return True
 
 
-def train_pack(
-    config: Config, run: RunFolder, owner: str, identity: str, device: torch.device, report: Report
-) -> bool:
+def train_pack(config: Config, run: RunFolder, owner: str, identity: str, device: torch.device, report: Report) -> bool:
     """Train an owner's pack on its own documents and public replay; write packs/OWNER; False when it stopped early.
 
     Every rank of the job must call it. Of the run's data it opens the owner's and the public part only."""
@@ -57,16 +56,12 @@ def train_pack(
     )
     calibration = _open(run, PUBLIC, "calibration", anchor.tokenizer)
 
-    def calibration_batches() -> Iterator[Batch]:
-        return _batches(config, calibration, config.calibration.tokens)
-
     def fit_router() -> None:
-        calibrate(model, calibration_batches, config.calibration.rho, config.calibration.spread)
+        tokens = config.pack.router_tokens
+        fit_rows(model, _batches(config, train_text, tokens), _batches(config, public, tokens))
+        calibrate(model, lambda: _batches(config, calibration, config.calibration.tokens), config.calibration.rho)
 
-    init_tokens = int(config.pack.init_documents * train_text.num_tokens / len(train_text))
-    initialise_rows(model, _batches(config, train_text, init_tokens), _batches(config, public, init_tokens))
     fit_router()
-
     loader = _loader(config, config.pack.train, train_text, replay=public)
     job = _job(config, run, f"pack-{owner}", identity, config.pack.train, config.pack.z_loss_weight)
     if not train(job, model, loader, _held_out(model, held_out), report):

@@ -7,7 +7,6 @@ Frozen weights are not in it: they belong to the anchor, whose hash is part of t
 written beside its place, flushed to the disk and renamed. Loading checks every hash; nothing is unpickled.
 """
 
-import json
 import logging
 import os
 import re
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moe import manifest as manifests
 from moe.hashing import tensor_hash, tensor_hashes
 from moe.train.engine import Engine
 
@@ -35,6 +35,7 @@ class State:
 
     step: int = 0  # updates done
     position: int = 0  # sequences taken from the loader
+    skipped: int = 0  # of `step`, updates not made because their gradient was not finite
 
 
 class DamagedCheckpoint(RuntimeError):
@@ -42,7 +43,9 @@ class DamagedCheckpoint(RuntimeError):
 
 
 def save(folder: Path, engine: Engine, state: State, identity: str) -> None:
-    """Write folder/step-N. Every rank must call it; rank 0 writes."""
+    """Write folder/step-N and keep one older. Every rank must call it; rank 0 writes.
+
+    A later step's can only be one that `restore` has passed over: it goes."""
     tensors = {name: tensor.cpu() for name, tensor in engine.state() if engine.rank == 0}
     if engine.rank == 0:
         final = folder / f"step-{state.step:08}"
@@ -55,17 +58,20 @@ def save(folder: Path, engine: Engine, state: State, identity: str) -> None:
             "identity": identity,
             "step": state.step,
             "position": state.position,
+            "skipped": state.skipped,
             "world_size": engine.world_size,
             "tensors": tensor_hashes(tensors),
         }
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        manifests.write(temporary / "manifest.json", manifest)
         for path in (temporary / "state.safetensors", temporary / "manifest.json", temporary):
             _flush(path)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
         _flush(folder)
-        for old in _steps(folder)[KEEP:]:
-            shutil.rmtree(old)
+        steps = _steps(folder)
+        newest = steps.index(final)
+        for path in (*steps[:newest], *steps[newest + KEEP :]):
+            shutil.rmtree(path)
     if dist.is_initialized():
         dist.barrier()  # nobody goes on to die while the others believe in this checkpoint
 
@@ -80,14 +86,14 @@ def restore(folder: Path, engine: Engine, identity: str) -> State:
         except DamagedCheckpoint as error:
             log.warning("%s; falling back to an older checkpoint", error)
             continue
-        engine.load(tensors, state.step)
+        engine.load(tensors, state.step - state.skipped)
         return state
     return State()
 
 
 def _read(path: Path, identity: str) -> tuple[dict[str, Tensor], State]:
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = manifests.read(path / "manifest.json")
         tensors = load_file(path / "state.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise DamagedCheckpoint(f"checkpoint {path} cannot be read: {error}") from error
@@ -96,7 +102,7 @@ def _read(path: Path, identity: str) -> tuple[dict[str, Tensor], State]:
     for name, expected in manifest["tensors"].items():
         if name not in tensors or tensor_hash(tensors[name]) != expected:
             raise DamagedCheckpoint(f"checkpoint {path} is damaged at tensor {name}")
-    return tensors, State(manifest["step"], manifest["position"])
+    return tensors, State(manifest["step"], manifest["position"], manifest["skipped"])
 
 
 def _steps(folder: Path) -> list[Path]:

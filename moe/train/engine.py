@@ -6,6 +6,7 @@ float32 masters and moments by name, so that a checkpoint does not depend on how
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -102,11 +103,11 @@ class Engine:
             for moment in MOMENTS:
                 yield f"{name}.{moment}", safe_get_full_optimizer_state(parameter, moment)
 
-    def load(self, state: dict[str, Tensor], step: int) -> None:
-        """Continue from what `state` gave after `step` updates, at any world size. Every rank must call it."""
+    def load(self, state: dict[str, Tensor], updates: int) -> None:
+        """Continue from what `state` gave after so many updates, at any world size. Every rank must call it."""
         for flat in self._optimizer.single_partition_of_fp32_groups:
             moments = {moment: torch.zeros_like(flat) for moment in MOMENTS}
-            self._optimizer.optimizer.state[flat] = {"step": torch.tensor(float(step)), **moments}
+            self._optimizer.optimizer.state[flat] = {"step": torch.tensor(float(updates)), **moments}
         self._link()
         for name, parameter in self._trained():
             master = state[name].contiguous()
@@ -114,9 +115,11 @@ class Engine:
             safe_set_full_fp32_param(parameter, master)
             for moment in MOMENTS:
                 safe_set_full_optimizer_state(parameter, state[f"{name}.{moment}"].contiguous(), moment)
-        self._schedule.last_epoch = step - 1
-        self._schedule.step()
-        self._engine.global_steps = step
+        self._engine.global_steps = updates
+        self._schedule.last_epoch = updates - 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that this optimizer has made no update yet
+            self._schedule.step()
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]

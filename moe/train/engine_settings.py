@@ -7,6 +7,8 @@ from typing import Any
 from moe.config import Config, TrainConfig
 from moe.errors import InputError
 
+OURS = {"optimizer", "scheduler"}  # DeepSpeed would build its own beside ours
+
 
 def check(config: Config) -> None:
     """Raise InputError where the `deepspeed:` section clashes with what another section sets."""
@@ -25,9 +27,12 @@ def settings(config: TrainConfig, precision: str, world_size: int, passthrough: 
         "gradient_accumulation_steps": config.gradient_accumulation(world_size),
         "gradient_clipping": config.clip,
         "bf16": {"enabled": precision == "bfloat16"},
+        "fp16": {"enabled": False},
         "zero_optimization": {"stage": config.zero_stage},
         "steps_per_print": 2**31,
     }
+    for name in sorted(OURS & passthrough.keys()):
+        raise InputError(f"deepspeed.{name} is given: want it left out, because anchor and pack.train say how to train")
     return _merge(ours, passthrough, "deepspeed")
 
 

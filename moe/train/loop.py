@@ -1,5 +1,6 @@
 """The training loop. Everything it calls lives in a file of its own; this one says in which order."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,7 @@ def train(job: Job, model: Decoder, loader: Loader, held_out: Callable[[], float
         state.step, state.position = state.step + 1, loader.position
 
         row = recorder.end_step(state.step)
+        state.skipped += not math.isfinite(row["gradient_norm"])  # DeepSpeed makes no update of these
         last = state.step == config.steps
         if last or state.step % config.evaluate_every == 0:
             row["held_out_bpb"] = held_out()

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+import kernels
 from kernels import IGNORED
 from moe.hashing import tensor_hashes
 from moe.model import Decoder
@@ -176,6 +177,19 @@ def test_a_document_is_the_same_wherever_it_stands(make_decoder, make_batch, log
     batch.token_T[7:] = batch.token_T[:7]
     first, second = logits(decoder, batch).split(7)
     torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
+
+
+def test_positions_start_anew_with_every_document(make_decoder, make_batch, logits, monkeypatch):
+    """Only differences of positions enter the attention, so nothing but roundings would tell; and those grow."""
+    seen, rope_table = [], kernels.rope_table
+
+    def noted(position_T, *rest):
+        seen.append(position_T.tolist())
+        return rope_table(position_T, *rest)
+
+    monkeypatch.setattr(kernels, "rope_table", noted)
+    logits(make_decoder(), make_batch(3, 2))
+    assert seen == [[0, 1, 2, 0, 1]]
 
 
 # --- slots

@@ -1,0 +1,22 @@
+"""Manifests: plain values in a JSON file that carries their hash, so that a changed line is noticed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from moe.hashing import value_hash
+
+
+def write(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps({**values, "hash": value_hash(values)}, indent=1))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Raises OSError where there is no such file, ValueError naming it where it is not as it was written."""
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path.name} is not JSON") from error
+    if not isinstance(values, dict) or values.pop("hash", None) != value_hash(values):
+        raise ValueError(f"{path.name} does not match its own hash")
+    return values

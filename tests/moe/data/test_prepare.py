@@ -1,0 +1,74 @@
+"""Preparing a domain: the tokenizer comes from public text only, and a second run makes the same bytes."""
+
+import json
+
+import pytest
+
+from moe.config_file import check
+from moe.data import sources
+from moe.data import tokenizer as tokenizers
+from moe.data.prepare import prepare
+from moe.data.shards import PackedDocuments
+from moe.data.tokenizer import identity
+from moe.errors import InputError
+from moe.run_folder import RunFolder
+
+
+@pytest.fixture
+def config(values, make_documents, tmp_path):
+    def file(name, count, seed):
+        rows = [{"id": d.id, "text": d.text} for d in make_documents(count, seed)]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(tmp_path / name)
+
+    values["public"] = {"documents": [file("public.jsonl", 200, 0)], "held_out": [file("held_out.jsonl", 40, 1)]}
+    values["owners"] = {"billing": {"slot": 1, "data": {"documents": [file("billing.jsonl", 200, 2)]}}}
+    return check(values)
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """A function: a run's folder, with the stage's own, which the job graph makes."""
+
+    def run(name="run"):
+        folder = RunFolder(tmp_path / name)
+        folder.stage("data-public").mkdir(parents=True)
+        return folder
+
+    return run
+
+
+def test_domains_are_packed_with_the_public_tokenizer(config, make_run):
+    run = make_run()
+    public, billing = prepare(config, run, "public"), prepare(config, run, "billing")
+    texts = [row.text for row in sources.read("public", config.public, run.path, config.run.seed)["train"]]
+    made = identity(tokenizers.load(run.tokenizer))
+    assert made == identity(tokenizers.train(texts, 280)) == public["tokenizer"] == billing["tokenizer"]
+    for domain, outputs, splits in (("public", public, "train calibration eval"), ("billing", billing, "train eval")):
+        for split in splits.split():
+            opened = PackedDocuments(run.shards(domain, split), made)
+            assert outputs[f"{split}_documents"] == len(opened) and outputs[f"{split}_tokens"] == opened.num_tokens
+    assert public["train_documents"] + public["calibration_documents"] == 200 and public["eval_documents"] == 40
+    assert "calibration_documents" not in billing
+
+
+def test_again_gives_the_same_hash_and_other_text_another(config, make_run):
+    runs = [make_run("a"), make_run("b")]
+    first, second = [[prepare(config, run, domain) for domain in ("public", "billing")] for run in runs]
+    assert first == second
+    assert prepare(config, runs[0], "billing") == first[1]  # over what an interrupted run has left
+    assert first[0]["hash"] != first[1]["hash"]
+
+
+def test_an_owner_is_prepared_without_the_text_of_others(config, make_run, tmp_path):
+    run = make_run()
+    prepare(config, run, "public")
+    (tmp_path / "public.jsonl").unlink()
+    (tmp_path / "held_out.jsonl").unlink()
+    prepare(config, run, "billing")
+    assert not run.stage("data-billing").joinpath("tokenizer.json").exists()
+
+
+def test_an_owner_before_the_public_text_is_refused(config, make_run):
+    with pytest.raises(InputError, match="tokenizer .*data-public.*does not exist"):
+        prepare(config, make_run(), "billing")
