@@ -13,6 +13,10 @@ app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_e
 FAILED, WRONG_INPUT, STOPPED = 1, 2, 130
 
 
+class StoppedAtOnce(Exception):
+    """The user would not wait for a checkpoint."""
+
+
 @app.callback()
 def about() -> None:
     """Train mixtures of medical specialty experts, each by its owner. Not for clinical use."""
@@ -31,7 +35,10 @@ def train(
     from launch.train import train as run_training
 
     console = Console()
-    run = run_training(config, overrides or [], resume, console)
+    try:
+        run = run_training(config, overrides or [], resume, console)
+    except KeyboardInterrupt:  # the command line's library would end the process with no word
+        raise StoppedAtOnce from None
     from launch.summary import show
 
     show(run, console)
@@ -59,7 +66,7 @@ def main() -> None:
     except Stopped:
         _say("stopped at a checkpoint; the same command with --resume goes on from there")
         raise SystemExit(STOPPED) from None
-    except KeyboardInterrupt:
+    except StoppedAtOnce:
         _say("stopped at once; the same command with --resume goes on from the last checkpoints")
         raise SystemExit(STOPPED) from None
     except StageFailed as error:

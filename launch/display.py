@@ -78,9 +78,10 @@ class Display:
         parts = []
         for stage, state in progress.state.items():
             if state == "running" and (row := rows.get(stage)):
+                left = self._left(stage, row)
                 parts.append(
                     f"{stage} {row['step']}/{self._steps[stage]} loss {row['loss']:.3f} "
-                    f"{row['tokens_per_s']:,.0f} tokens/s, {self._left(stage, row)} left"
+                    f"{row['tokens_per_s']:,.0f} tokens/s{f', {left} left' if left else ''}"
                 )
             elif state in ("running", "failed", "stopped"):
                 parts.append(f"{stage} {state}")

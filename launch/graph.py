@@ -82,20 +82,22 @@ class Graph:
 
     def _run(self, stage: Stage, needed: Mapping[str, Future]) -> Outputs:
         folder, progress = self.folder(stage.name), self.progress
-        if not (folder / "DONE").exists():
+        done = _read_mark(folder)
+        if not done:
             stage.prepare()
         for name, future in needed.items():
             if future.exception():
-                stage.abandon()
+                if not done:
+                    stage.abandon()
                 raise Skipped(f"{stage.name} needs {name}, which has not finished")
         inputs = value_hash([stage.name, stage.settings, {name: f.result() for name, f in needed.items()}])
-        done = _read_json(folder / "DONE")
         if done and done["inputs"] == inputs and all(path.exists() for path in stage.makes):
             progress.state[stage.name], progress.seconds[stage.name] = "kept", done["seconds"]
             progress.outputs[stage.name] = done["outputs"]
             return done["outputs"]
         if self.stopping.is_set():
-            stage.abandon()
+            if not done:
+                stage.abandon()
             raise Stopped
         _own_folder(folder, inputs)
         progress.state[stage.name] = "running"
@@ -118,6 +120,12 @@ def _own_folder(folder: Path, inputs: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         _write_json(folder / "INPUTS", inputs)
+
+
+def _read_mark(folder: Path) -> dict[str, Any] | None:
+    """What DONE says; None where there is none, or none that a stage has written."""
+    done = _read_json(folder / "DONE")
+    return done if isinstance(done, dict) and done.keys() == {"inputs", "outputs", "seconds"} else None
 
 
 def _read_json(path: Path) -> Any:

@@ -46,6 +46,7 @@ class SpecialtyRun:
                 f"data-{PUBLIC}",
                 settings=[config.public.model_dump(mode="json"), config.tokenizer.vocab_size, seed],
                 run=lambda _: self._task(prepare_domain, PUBLIC),
+                makes=(run.tokenizer, *(run.shards(PUBLIC, split) for split in ("train", "calibration", "eval"))),
             ),
             Stage(
                 "anchor",
@@ -63,6 +64,7 @@ class SpecialtyRun:
                 settings=[config.owners[owner].data.model_dump(mode="json"), seed],
                 run=lambda _, owner=owner: self._task(prepare_domain, owner),
                 needs=(f"data-{PUBLIC}",),
+                makes=(run.shards(owner, "train"), run.shards(owner, "eval")),
             )
             for owner in owners
         ]
@@ -122,7 +124,8 @@ class SpecialtyRun:
         stage = f"pack-{owner}"
         self._launch(stage, self.config.cluster.owner_workers)
         self._train(stage, {"identity": inputs, "owner": owner})
-        return {"tensors": Pack.load(self.run.pack(owner)).hashes()}
+        pack = Pack.load(self.run.pack(owner))
+        return {"slot": pack.slot, "anchor_hash": pack.anchor_hash, "tensors": pack.hashes()}
 
     def _train(self, stage: str, job: dict[str, Any]) -> None:
         """Give the workers their job and wait for them. Raises Stopped where they stopped at a checkpoint."""

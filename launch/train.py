@@ -37,7 +37,7 @@ def train(path: Path, overrides: Sequence[str], resume: bool, console: Console) 
     sources.check(PUBLIC, config.public)
     for name, owner in config.owners.items():
         sources.check(name, owner.data)
-    _claim(run, resume)
+    _check_folder(run, resume)
     with session(config) as capacity:
         config = _resolve(config, capacity)
         _describe(run, config)
@@ -51,17 +51,21 @@ def train(path: Path, overrides: Sequence[str], resume: bool, console: Console) 
     return run
 
 
-def _claim(run: RunFolder, resume: bool) -> None:
-    """Make the run's folder, or refuse: one that exists is continued only on request."""
+def _check_folder(run: RunFolder, resume: bool) -> None:
+    """Refuse a run's folder that cannot be written, or that exists, unless it is to be gone on with. Nothing is left
+    behind: a run that has not begun is not to be in its own way."""
     if resume and not run.config.exists():
         raise InputError(f"run {run.path} cannot be resumed: there is none of that name; start it without --resume")
     if run.path.exists() and not resume:
         raise InputError(f"run {run.path} exists: want another run.name, or --resume to go on with it")
+    missing = [path for path in (run.path, *run.path.parents) if not path.exists()]
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         probe = run.path / ".writable"
         probe.touch()
         probe.unlink()
+        for path in missing:
+            path.rmdir()
     except OSError as error:
         raise InputError(f"run folder {run.path} cannot be written: {error.strerror}") from error
 
@@ -75,7 +79,8 @@ def _resolve(config: Config, capacity: Capacity) -> Config:
 
 
 def _describe(run: RunFolder, config: Config) -> None:
-    """Write config.yaml and manifest.json: with them a stranger can run it again."""
+    """Make the run's folder, with config.yaml and manifest.json: with them a stranger can run it again."""
+    run.path.mkdir(parents=True, exist_ok=True)
     text = dump(config)
     run.config.write_text(text)
     manifest = {
