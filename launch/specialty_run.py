@@ -169,7 +169,7 @@ class SpecialtyRun:
             run_config=RunConfig(
                 # Ray continues a run whose name it knows; ours continue from our own checkpoints.
                 name=f"{stage}-{time.time_ns()}",
-                storage_path=str((self.run.path / "ray").resolve()),
+                storage_path=str(self.run.ray.resolve()),
                 failure_config=FailureConfig(max_failures=self.config.cluster.max_failures),
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),

@@ -1,6 +1,7 @@
 """`polyclinic train`: check everything that can be checked, then run the graph until it ends or is asked to stop."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,6 +43,7 @@ def train(path: Path, overrides: Sequence[str], resume: bool, console: Console) 
         config = _resolve(config, capacity)
         _describe(run, config)
         graph = _follow(config, run, capacity, console)
+    shutil.rmtree(run.ray, ignore_errors=True)
     _raise_first(graph, run)
     from moe.report.page import write_page  # plotting takes a second to import
     from moe.report.results import write_results
@@ -101,8 +103,8 @@ def _commit() -> str | None:
 
 
 def _follow(config: Config, run: RunFolder, capacity: Capacity, console: Console) -> Graph:
-    """Run the graph and show it. The first Ctrl-C or SIGTERM asks all jobs to stop at a checkpoint, the second ends
-    the process at once."""
+    """Run the graph and show it. The first Ctrl-C or SIGTERM asks all jobs to stop at a checkpoint, and so does input
+    that a stage finds wrong; the second Ctrl-C ends the process at once."""
     from launch.specialty_run import SpecialtyRun
 
     specialty_run = SpecialtyRun(config, run, capacity)
@@ -113,7 +115,8 @@ def _follow(config: Config, run: RunFolder, capacity: Capacity, console: Console
         futures = graph.start()
         with Display(console, f"polyclinic {config.run.name}", specialty_run.steps()) as display:
             while not all(future.done() for future in futures):
-                if requests and not graph.stopping.is_set():
+                wrong_input = any(isinstance(_cause(e), InputError) for e in list(graph.progress.errors.values()))
+                if (requests or wrong_input) and not graph.stopping.is_set():
                     graph.stopping.set()
                     specialty_run.stop()
                     display.message = "stopping at a checkpoint; Ctrl-C again stops at once"

@@ -162,13 +162,14 @@ class PackConfig(Section):
 
     train: TrainConfig
     replay_share: Share  # of the sequences that are public text
-    z_loss_weight: NonNegativeFloat = 1e-3
-    router_tokens: PositiveInt = 32768  # of the owner's and of public text each, from which router rows are fitted
+    z_loss_weight: NonNegativeFloat = 0.0  # rows are fitted: it would bend what they see, not them
+    fit_router_every: PositiveInt = 25  # steps
+    router_tokens: PositiveInt = 16384  # of the owner's and of public text each, from which router rows are fitted
 
 
 class CalibrationConfig(Section):
     rho: Annotated[float, Field(gt=0, lt=1)] = 0.05  # share of public tokens on which an expert may outrank the anchor
-    tokens: PositiveInt = 16384  # of public held-out text
+    tokens: PositiveInt = 32768  # of public text nobody is trained on
 
 
 class EvaluationConfig(Section):

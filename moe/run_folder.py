@@ -6,6 +6,7 @@
     runs/NAME/packs/OWNER/         pack.safetensors, pack.json
     runs/NAME/model/               the merged model in Hugging Face layout
     runs/NAME/results.json, report.html
+    runs/NAME/ray/                 what Ray Train keeps of its jobs, until the run ends
 """
 
 from dataclasses import dataclass
@@ -44,6 +45,10 @@ class RunFolder:
     @property
     def model(self) -> Path:
         return self.path / "model"
+
+    @property
+    def ray(self) -> Path:
+        return self.path / "ray"
 
     @property
     def results(self) -> Path:

@@ -34,7 +34,8 @@ def check(name: str, config: DataConfig) -> None:
 
 
 def read(name: str, config: DataConfig, folder: Path, seed: int) -> dict[str, list[Document]]:
-    """The documents of each split, in a fixed order. The demonstration corpus is first built in folder/corpus."""
+    """The documents of each split, in a fixed order that has nothing to do with what they are about, so that the first
+    of them can stand for all. The demonstration corpus is first built in folder/corpus."""
     if config.demonstration:
         corpus = folder / "corpus"
         shutil.rmtree(corpus, ignore_errors=True)
@@ -57,7 +58,7 @@ def read(name: str, config: DataConfig, folder: Path, seed: int) -> dict[str, li
     for split, rows in splits.items():
         if not rows:
             raise InputError(f"{name} has no documents for its {split} split: want at least one; give it more text")
-    return splits
+    return {split: sorted(rows, key=lambda row: _position("order", row)) for split, rows in splits.items()}
 
 
 def pack(splits: dict[str, list[Document]], folder: Path, tokenizer: Tokenizer) -> dict[str, dict]:
@@ -100,11 +101,12 @@ def _json_rows(path: Path) -> Iterator[object]:
 def _split(rows: list[Document], name: str, share: float) -> tuple[list[Document], list[Document]]:
     """(rest, share) by a hash of the split's name and each document's id, so that a row's side does not depend on the
     other rows, nor on an earlier split."""
+    return [r for r in rows if _position(name, r) >= share], [r for r in rows if _position(name, r) < share]
 
-    def position(row: Document) -> float:
-        return int(hashlib.sha256(f"{name}|{row.id}".encode()).hexdigest()[:8], 16) / 2**32
 
-    return [r for r in rows if position(r) >= share], [r for r in rows if position(r) < share]
+def _position(name: str, row: Document) -> float:
+    """A place from 0 to 1 that depends on `name` and the document's id only."""
+    return int(hashlib.sha256(f"{name}|{row.id}".encode()).hexdigest()[:8], 16) / 2**32
 
 
 def _noise(count: int, seed: int) -> list[Document]:

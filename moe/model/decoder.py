@@ -43,7 +43,7 @@ class Decoder(nn.Module):
         return DenseFFN(self.config.d_model, self.config.d_ff)
 
     def forward(self, token_T: Tensor, documents: Documents) -> Output:
-        cos_TR, sin_TR = kernels.rope_table(documents.position_T, self.config.head_size, self.config.rope_theta)
+        cos_TR, sin_TR = self.rope(documents)
         x_TD = self.embedding(token_T)
         routes = []
         for layer in self.layers:
@@ -51,6 +51,10 @@ class Decoder(nn.Module):
             if route is not None:
                 routes.append(route)
         return Output(self.norm(x_TD), tuple(routes))
+
+    def rope(self, documents: Documents) -> tuple[Tensor, Tensor]:
+        """cos_TR and sin_TR of each token's place in its document."""
+        return kernels.rope_table(documents.position_T, self.config.head_size, self.config.rope_theta)
 
     def nll(self, hidden_TD: Tensor, label_T: Tensor) -> Tensor:
         """Negative log-likelihood of each label in nats, float32 [T]; 0 where the label is ignored."""

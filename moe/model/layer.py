@@ -19,6 +19,11 @@ class Layer(nn.Module):
     def forward(
         self, x_TD: Tensor, documents: Documents, cos_TR: Tensor, sin_TR: Tensor
     ) -> tuple[Tensor, Route | None]:
-        h_TD = x_TD + self.attention(self.attention_norm(x_TD), documents, cos_TR, sin_TR)
+        return self.feed_forward(self.attend(x_TD, documents, cos_TR, sin_TR))
+
+    def attend(self, x_TD: Tensor, documents: Documents, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+        return x_TD + self.attention(self.attention_norm(x_TD), documents, cos_TR, sin_TR)
+
+    def feed_forward(self, h_TD: Tensor) -> tuple[Tensor, Route | None]:
         y_TD, route = self.ffn(self.ffn_norm(h_TD))
         return h_TD + y_TD, route

@@ -12,5 +12,5 @@ Why removal is exact: logits come from one product over a table of fixed width, 
 place; choosing comes before normalising, so an absent expert is in no sum; winners are added in slot order; and an
 expert's product never depends on the rows of another. The construction starts from FlexOlmo (arXiv:2507.07024).
 
-Reading order: pack, calibrate, merge, measure.
+Reading order: pack, triage, merge, measure.
 """

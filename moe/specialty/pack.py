@@ -1,7 +1,8 @@
 """A pack: what an owner's text has taught one expert, and nothing else.
 
 It is trained in a mixture of two, the anchor's frozen FFN and the owner's copy of it, K = 2, without any balancing
-loss. Attention, norms and embedding are the anchor's and frozen too, so packs of different owners fit together.
+loss. Attention, norms and embedding are the anchor's and frozen too, so packs of different owners fit together. The
+router is not trained but fitted (moe.specialty.triage), again and again while the expert learns.
 
     PACK/pack.safetensors    layers.L.w_gate_up [2F, D], layers.L.w_down [D, F], layers.L.row [D], layers.L.bias []
     PACK/pack.json           owner, slot, H0, hash of the data's manifest, hash of every tensor, versions, metrics
@@ -39,8 +40,9 @@ class PackFFN(nn.Module):
         device = anchor.w_down.device
         self.own = copy.deepcopy(anchor).requires_grad_(True)  # step 0 is the anchor, whatever the router says
         self.anchor = anchor.requires_grad_(False)
-        self.row = nn.Parameter(torch.zeros(anchor.w_down.shape[1], device=device))
-        self.bias = nn.Parameter(torch.zeros(1, device=device))
+        # Fitted, not trained: buffers are kept in checkpoints and out of the optimizer.
+        self.register_buffer("row", torch.zeros(anchor.w_down.shape[1], device=device))
+        self.register_buffer("bias", torch.zeros(1, device=device))
         self.slot, self.num_slots = slot, num_slots
         present_S = torch.zeros(num_slots, dtype=torch.bool, device=device)
         present_S[[ANCHOR_SLOT, slot]] = True

@@ -16,9 +16,8 @@ from moe.hf import folder as model_folder
 from moe.hf.folder import ModelFolder
 from moe.model import Decoder
 from moe.run_folder import RunFolder
-from moe.specialty.calibrate import calibrate
 from moe.specialty.pack import Pack, open_slot
-from moe.specialty.triage import fit_rows
+from moe.specialty.triage import fit_router
 from moe.train.loop import Job, train
 from moe.train.recorder import Report
 
@@ -54,22 +53,27 @@ def train_pack(config: Config, run: RunFolder, owner: str, identity: str, device
         _open(run, owner, "eval", anchor.tokenizer),
         _open(run, PUBLIC, "train", anchor.tokenizer),
     )
-    calibration = _open(run, PUBLIC, "calibration", anchor.tokenizer)
+    own_sample, public_sample, calibration = (
+        list(_batches(config, text, tokens))
+        for text, tokens in (
+            (train_text, config.pack.router_tokens),
+            (public, config.pack.router_tokens),
+            (_open(run, PUBLIC, "calibration", anchor.tokenizer), config.calibration.tokens),
+        )
+    )
 
-    def fit_router() -> None:
-        tokens = config.pack.router_tokens
-        fit_rows(model, _batches(config, train_text, tokens), _batches(config, public, tokens))
-        calibrate(model, lambda: _batches(config, calibration, config.calibration.tokens), config.calibration.rho)
+    def fit(step: int) -> None:
+        if step % config.pack.fit_router_every == 0:
+            fit_router(model, own_sample, public_sample, calibration, config.calibration.rho)
 
-    fit_router()
     loader = _loader(config, config.pack.train, train_text, replay=public)
     job = _job(config, run, f"pack-{owner}", identity, config.pack.train, config.pack.z_loss_weight)
-    if not train(job, model, loader, _held_out(model, held_out), report):
+    if not train(job, model, loader, _held_out(model, held_out), report, before_update=fit):
         return False
     if dist.get_rank() == 0:
-        for layer in model.layers:  # the engine may have made them bfloat16; calibrated values are kept in float32
-            layer.ffn.row.data, layer.ffn.bias.data = layer.ffn.row.data.float(), layer.ffn.bias.data.float()
-        fit_router()
+        for layer in model.layers:  # the engine may have made them bfloat16; what leaves is float32
+            layer.ffn.row, layer.ffn.bias = layer.ffn.row.float(), layer.ffn.bias.float()
+        fit_router(model, own_sample, public_sample, calibration, config.calibration.rho)
         provenance = {"data": train_text.manifest, "public_data": public.manifest, "training": identity}
         Pack.of(model, owner, anchor_hash, provenance).save(run.pack(owner))
     dist.barrier()

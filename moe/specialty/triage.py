@@ -1,60 +1,83 @@
-"""Fitting an owner's router rows in closed form, from its own text and public text only.
+"""Fitting an owner's router: its rows in closed form, its biases by a quantile, from its own and public text only.
 
-Linear discriminant analysis (Fisher 1936; Hastie et al., Elements of Statistical Learning, section 4.3): if what a
-layer's router sees were Gaussian with one covariance for all texts, the log-odds of owner i against public text were
+Rows. Linear discriminant analysis (Fisher 1936; Hastie et al., Elements of Statistical Learning, section 4.3): if
+what a layer's router sees were Gaussian with one covariance for all texts, the log-odds of owner i against public
+text were
 
     z_i(x) = r_i x + b_i,   r_i = S^-1 (mu_i - mu_public),   S = (1 - m) S_public + m S_i + ridge
 
 All owners measure against the same public text, so their logits are in one unit, nats of evidence against the anchor,
-and the largest is the most likely owner, though no owner has seen another. The bias is set by calibration.
+and the largest is the most likely owner, though no owner has seen another.
+
+Biases. Over the tokens of public text that nobody was trained on:
+
+    b_i = - quantile of r_i x at 1 - rho        expert i outranks the anchor, whose logit is 0, on a share rho of them
+
+Layers are fitted bottom up, since what a layer does changes what the next one sees.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from moe.data.loader import Batch
 from moe.model import Decoder
+from moe.model.layer import Layer
 
 OWN_SHARE = 0.25  # m: an owner's covariance is narrow, the public one common to all
 RIDGE = 1e-3  # of the mean variance, so that directions nobody uses carry no evidence
 
 
 @torch.no_grad()
-def fit_rows(model: Decoder, own: Iterable[Batch], public: Iterable[Batch]) -> None:
-    """Set the row of every layer of a model with an open slot; biases become zero until they are calibrated."""
-    own_moments, public_moments = _moments(model, own), _moments(model, public)
-    for layer, (own_mean, own_cov), (public_mean, public_cov) in zip(
-        model.layers, own_moments, public_moments, strict=True
-    ):
-        S_DD = (1 - OWN_SHARE) * public_cov + OWN_SHARE * own_cov
-        S_DD.diagonal().add_(RIDGE * S_DD.diagonal().mean())
-        layer.ffn.row.copy_(torch.linalg.solve(S_DD, own_mean - public_mean))
-        layer.ffn.bias.zero_()
+def fit_router(
+    model: Decoder, own: Sequence[Batch], public: Sequence[Batch], calibration: Sequence[Batch], rho: float
+) -> None:
+    """Set row and bias of every layer of a model with an open slot; what stands there does not enter.
+
+    Rows come from `own` and `public`, biases from `calibration`, which is public text too."""
+    texts = [_Text(model, batches) for batches in (own, public, calibration)]
+    for layer in model.layers:
+        own_TD, public_TD, calibration_TD = (text.router_inputs(layer) for text in texts)
+        row_D, bias = layer.ffn.row, layer.ffn.bias
+        row_D.copy_(_discriminant(own_TD, public_TD))
+        bias.copy_(-torch.quantile(calibration_TD @ row_D.float(), 1 - rho))
+        for text in texts:
+            text.leave(layer)
 
 
-def _moments(model: Decoder, batches: Iterable[Batch]) -> list[tuple[Tensor, Tensor]]:
-    """(mean [D], covariance [D, D]) of each layer's router input over all tokens, float64."""
-    device, D = model.embedding.weight.device, model.config.d_model
-    sums = [torch.zeros(D, dtype=torch.float64, device=device) for _ in model.layers]
-    squares = [torch.zeros(D, D, dtype=torch.float64, device=device) for _ in model.layers]
+class _Text:
+    """Batches of text on their way up the layers."""
 
-    def hook(number: int):
-        def add(_, inputs: tuple[Tensor]) -> None:
-            x_TD = inputs[0].float()
-            sums[number] += x_TD.double().sum(dim=0)
-            squares[number] += x_TD.T @ x_TD
+    def __init__(self, model: Decoder, batches: Sequence[Batch]):
+        batches = [batch.to(model.embedding.weight.device) for batch in batches]
+        self._documents = [batch.documents for batch in batches]
+        self._rope = [model.rope(batch.documents) for batch in batches]
+        self._x = [model.embedding(batch.token_T) for batch in batches]
 
-        return add
+    def router_inputs(self, layer: Layer) -> Tensor:
+        """What the layer's router sees of all tokens, float32 [T, D]."""
+        self._x = [
+            layer.attend(x, documents, *rope)
+            for x, documents, rope in zip(self._x, self._documents, self._rope, strict=True)
+        ]
+        return torch.cat([layer.ffn_norm(h) for h in self._x]).float()
 
-    hooks = [layer.ffn.register_forward_pre_hook(hook(number)) for number, layer in enumerate(model.layers)]
-    count = 0
-    for batch in batches:
-        batch = batch.to(device)
-        model(batch.token_T, batch.documents)
-        count += batch.token_T.numel()
-    for handle in hooks:
-        handle.remove()
-    means = [total / count for total in sums]
-    return [(mean, square / count - torch.outer(mean, mean)) for mean, square in zip(means, squares, strict=True)]
+    def leave(self, layer: Layer) -> None:
+        self._x = [layer.feed_forward(h)[0] for h in self._x]
+
+
+def _discriminant(own_TD: Tensor, public_TD: Tensor) -> Tensor:
+    """S^-1 (mu_own - mu_public), float64 [D]."""
+    own_mean, own_S = _moments(own_TD)
+    public_mean, public_S = _moments(public_TD)
+    S_DD = (1 - OWN_SHARE) * public_S + OWN_SHARE * own_S
+    S_DD.diagonal().add_(RIDGE * S_DD.diagonal().mean())
+    return torch.linalg.solve(S_DD, own_mean - public_mean)
+
+
+def _moments(x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [D] and covariance [D, D], float64; the squares are summed in float32."""
+    mean_D = x_TD.double().mean(dim=0)
+    centred_TD = x_TD - mean_D.float()
+    return mean_D, (centred_TD.T @ centred_TD).double() / x_TD.shape[0]

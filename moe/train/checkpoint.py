@@ -1,4 +1,4 @@
-"""Checkpoints: one logical tensor for each trained parameter and moment, whole on disk or absent.
+"""Checkpoints: one logical tensor for each trained parameter, moment and buffer, whole on disk or absent.
 
     FOLDER/step-00000100/state.safetensors   float32: NAME, NAME.exp_avg, NAME.exp_avg_sq
     FOLDER/step-00000100/manifest.json       step, data position, identity of the job, hash of every tensor

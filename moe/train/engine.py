@@ -94,7 +94,8 @@ class Engine:
         return self._schedule.get_last_lr()[0]
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole float32 tensor) of every trained parameter and of its moments, as NAME and NAME.MOMENT.
+        """(name, whole float32 tensor) of every trained parameter and of its moments, as NAME and NAME.MOMENT, and of
+        every persistent buffer.
 
         Every rank must run it to its end: each tensor is gathered. Valid after the first update."""
         self._link()
@@ -102,6 +103,8 @@ class Engine:
             yield name, safe_get_full_fp32_param(parameter)
             for moment in MOMENTS:
                 yield f"{name}.{moment}", safe_get_full_optimizer_state(parameter, moment)
+        for name, buffer in self._buffers():
+            yield name, buffer.float()
 
     def load(self, state: dict[str, Tensor], updates: int) -> None:
         """Continue from what `state` gave after so many updates, at any world size. Every rank must call it."""
@@ -115,6 +118,8 @@ class Engine:
             safe_set_full_fp32_param(parameter, master)
             for moment in MOMENTS:
                 safe_set_full_optimizer_state(parameter, state[f"{name}.{moment}"].contiguous(), moment)
+        for name, buffer in self._buffers():
+            buffer.copy_(state[name])
         self._engine.global_steps = updates
         self._schedule.last_epoch = updates - 1
         with warnings.catch_warnings():
@@ -123,6 +128,11 @@ class Engine:
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def _buffers(self) -> list[tuple[str, Tensor]]:
+        """What a model is fitted with beside what it learns."""
+        persistent = self.model.state_dict().keys()
+        return [(name, buffer) for name, buffer in self.model.named_buffers() if name in persistent]
 
     def _link(self) -> None:
         # DeepSpeed links moments to parameters after its first group's first step and then never again, which leaves

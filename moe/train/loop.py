@@ -36,10 +36,18 @@ class NonFiniteLoss(RuntimeError):
     """The loss is not a number; the message names the step and the documents."""
 
 
-def train(job: Job, model: Decoder, loader: Loader, held_out: Callable[[], float], report: Report) -> bool:
+def train(
+    job: Job,
+    model: Decoder,
+    loader: Loader,
+    held_out: Callable[[], float],
+    report: Report,
+    before_update: Callable[[int], None] = lambda step: None,
+) -> bool:
     """Train to the last step, or to a checkpoint when `report` asks to stop; return whether it was finished.
 
-    `held_out` gives bits per byte of held-out text. Every rank must call it, with its own part of the loader."""
+    `held_out` gives bits per byte of held-out text; `before_update`, told the number of updates done, may set the
+    model's buffers. Every rank must call it, with its own part of the loader."""
     config = job.config
     engine = Engine(model, config, job.precision, job.deepspeed)
     state = checkpoint.restore(job.folder / "checkpoints", engine, job.identity)
@@ -49,6 +57,7 @@ def train(job: Job, model: Decoder, loader: Loader, held_out: Callable[[], float
 
     while state.step < config.steps and not recorder.stop_requested:
         recorder.start_step()
+        before_update(state.step)
         for batch in loader.micro_batches():
             batch = batch.to(engine.device)
             loss = next_token(model, engine(batch.token_T, batch.documents), batch, job.z_loss_weight)

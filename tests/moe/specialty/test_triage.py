@@ -1,26 +1,47 @@
-"""Router rows in closed form: against the equation written out, and what they are to do."""
+"""The router in closed form: against the equations written out, and what it is to do."""
 
 import pytest
 import torch
 
 import kernels
 from moe.specialty.pack import open_slot
-from moe.specialty.triage import OWN_SHARE, RIDGE, fit_rows
+from moe.specialty.triage import OWN_SHARE, RIDGE, fit_router
+
+RHO = 0.05
 
 
 @pytest.fixture
 def opened(make_anchor):
-    """The model in which an owner trains, beside the anchor it was made from."""
-    anchor = make_anchor()
-    return open_slot(make_anchor().decoder, 3), anchor.decoder
+    """A function: the model in which an owner trains, whose experts have moved, beside the anchor it was made from."""
+
+    def model(dtype=torch.float32, moved=True):
+        made = open_slot(make_anchor(dtype, num_layers=3).decoder, 3)
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for layer in made.layers if moved else ():
+                layer.ffn.own.w_down.add_(0.1 * torch.randn(32, 24, generator=generator).to(dtype))
+        return made, make_anchor(dtype, num_layers=3).decoder
+
+    return model
 
 
-def text(make_batch, least, most, seed):
-    """Two batches of unequal length whose tokens all lie in a range: a text that can be told from another."""
-    batches = [make_batch(16, 9, seed=seed), make_batch(*[16] * 6, seed=seed + 1)]
-    for batch in batches:
-        batch.token_T[:] = least + batch.token_T % (most - least)
+@pytest.fixture
+def text(make_batch):
+    """A function: batches of unequal length whose tokens all lie in a range: a text that can be told from another."""
+
+    def batches(least, most, seed):
+        made = [make_batch(16, 9, seed=seed), make_batch(*[16] * 12, seed=seed + 1), make_batch(7, seed=seed + 2)]
+        for batch in made:
+            batch.token_T[:] = least + batch.token_T % (most - least)
+        return made
+
     return batches
+
+
+@pytest.fixture
+def texts(text):
+    """The owner's, public, and public text for calibration."""
+    return text(0, 150, seed=1), text(100, 280, seed=11), text(100, 280, seed=21)
 
 
 @torch.no_grad()
@@ -37,49 +58,75 @@ def router_inputs(decoder, batches):
     return [torch.cat(parts) for parts in seen]
 
 
-def test_by_the_equation(opened, make_batch):
-    """Of the means and covariances over tokens, whatever the batches; what stood in row and bias does not enter."""
-    model, anchor = opened
-    own, public = text(make_batch, 0, 150, seed=1), text(make_batch, 100, 280, seed=3)
-    for layer in model.layers:
-        layer.ffn.bias.data.fill_(0.5)
-    fit_rows(model, own, public)
+@torch.no_grad()
+def logits(model, batches):
+    """z_3 - z_0 of all tokens, by layer."""
+    routes = [model(batch.token_T, batch.documents).routes for batch in batches]
+    return [
+        torch.cat([layers[n].logits_TS[:, 3] - layers[n].logits_TS[:, 0] for layers in routes])
+        for n in range(len(model.layers))
+    ]
+
+
+def test_rows_by_the_equation(opened, texts):
+    """Of means and covariances over tokens, whatever the batches, with the layers below as they route afterwards."""
+    model, _ = opened()
+    fit_router(model, *texts, RHO)
     for layer, own_TD, public_TD in zip(
-        model.layers, router_inputs(anchor, own), router_inputs(anchor, public), strict=True
+        model.layers, router_inputs(model, texts[0]), router_inputs(model, texts[1]), strict=True
     ):
         S = (1 - OWN_SHARE) * public_TD.T.cov(correction=0) + OWN_SHARE * own_TD.T.cov(correction=0)
         S += RIDGE * S.diagonal().mean() * torch.eye(32)
         want = torch.linalg.inv(S) @ (own_TD.mean(dim=0) - public_TD.mean(dim=0))
         # Hidden states and squares are float32; the inverse multiplies their rounding by up to 1 / RIDGE.
         torch.testing.assert_close(layer.ffn.row.double(), want, rtol=1e-3, atol=1e-3 * want.abs().max().item())
-        assert layer.ffn.bias.item() == 0
 
 
-@torch.no_grad()
-def test_rows_prefer_the_owners_text(opened, make_batch):
-    model, _ = opened
-    fit_rows(model, text(make_batch, 0, 120, seed=1), text(make_batch, 120, 280, seed=3))
-    own, public = text(make_batch, 0, 120, seed=11), text(make_batch, 120, 280, seed=13)  # not what they were fitted on
-    for number in range(len(model.layers)):
-        of_own, of_public = (
-            torch.cat([model(b.token_T, b.documents).routes[number].logits_TS[:, 3] for b in batches])
-            for batches in (own, public)
-        )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rho", [0.05, 0.5, 0.9])
+def test_win_rate_of_every_layer(opened, texts, dtype, rho):
+    """On the text it is calibrated on, an expert outranks the anchor on a share rho of tokens, in each layer."""
+    model, _ = opened(dtype)
+    fit_router(model, *texts, rho)
+    for number, advantage_T in enumerate(logits(model, texts[2])):
+        tokens, wins = advantage_T.numel(), (advantage_T > 0).sum().item()
+        # Among 224 tokens one is 0.4 %; in bfloat16 tokens stand closer together than the logits' last bits.
+        assert abs(wins / tokens - rho) <= 2 / tokens, f"layer {number}: {wins} of {tokens}"
+
+
+def test_it_prefers_the_owners_text(opened, text):
+    model, _ = opened(moved=False)
+    fit_router(model, text(0, 120, seed=1), text(120, 280, seed=11), text(120, 280, seed=21), RHO)
+    own, public = logits(model, text(0, 120, seed=31)), logits(model, text(120, 280, seed=41))  # neither was fitted on
+    for number, (of_own, of_public) in enumerate(zip(own, public, strict=True)):
         right = (of_own[:, None] > of_public[None, :]).float().mean()  # of all pairs; one half would be chance
-        assert right > 0.65, f"layer {number}: {right:.2f}"
+        # Random layers mix tokens, so the higher the harder: 0.72, 0.66, 0.60 or thereabouts.
+        assert right > 0.58, f"layer {number}: {right:.2f}"
 
 
-def test_rows_of_text_that_is_the_public_text_say_nothing(opened, make_batch):
+def test_what_stands_there_does_not_enter(opened, texts):
+    model, _ = opened()
+    fit_router(model, *texts, RHO)
+    first = [(layer.ffn.row.clone(), layer.ffn.bias.clone()) for layer in model.layers]
+    for layer in model.layers:
+        layer.ffn.row.fill_(3.0)
+        layer.ffn.bias.fill_(-0.5)
+    fit_router(model, *texts, RHO)
+    for layer, (row, bias) in zip(model.layers, first, strict=True):
+        assert torch.equal(layer.ffn.row, row) and torch.equal(layer.ffn.bias, bias)
+
+
+def test_rows_of_text_that_is_the_public_text_say_nothing(opened, text):
     """There is no direction between a text and itself; a control experiment may ask for it all the same."""
-    model, _ = opened
-    fit_rows(model, text(make_batch, 0, 280, seed=1), text(make_batch, 0, 280, seed=1))
-    assert all((layer.ffn.row == 0).all() for layer in model.layers)
+    model, _ = opened()
+    same = text(0, 280, seed=1)
+    fit_router(model, same, same, same, RHO)
+    assert all((layer.ffn.row == 0).all() and layer.ffn.bias == 0 for layer in model.layers)
 
 
-def test_nothing_but_rows_and_biases_moves(opened, make_batch):
-    model, _ = opened
+def test_nothing_but_rows_and_biases_moves(opened, texts):
+    model, _ = opened()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    fit_rows(model, text(make_batch, 0, 150, seed=1), text(make_batch, 100, 280, seed=3))
+    fit_router(model, *texts, RHO)
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert moved == {f"layers.{number}.ffn.row" for number in range(len(model.layers))}
-    assert not any(layer._forward_pre_hooks or layer.ffn._forward_pre_hooks for layer in model.layers)
+    assert moved == {f"layers.{number}.ffn.{name}" for number in range(3) for name in ("row", "bias")}

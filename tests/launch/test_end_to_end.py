@@ -1,0 +1,169 @@
+"""Whole runs of the command, as a user starts it: Ray, DeepSpeed, all stages, at the smallest size that shows enough.
+
+The runs differ in one thing each, and what they have made is compared by hash.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from moe.hashing import tensor_hashes
+from moe.specialty.pack import Pack
+from moe.train.telemetry import read
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT = 240  # seconds a run may take on a busy machine; a quiet one needs 40
+DOMAINS = {"public": 300, "billing": 150, "radiology": 150}  # documents
+TIMED = ("wall_s", "throughput")  # what may differ between equal runs
+
+
+def write_text(folder: Path, domain: str, count: int) -> Path:
+    """Documents of a domain: sentences of its own words among common ones."""
+    rng = random.Random(domain)
+    own = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(3, 8))) for _ in range(60)]
+    common = [f"word{n}" for n in range(40)]
+    path = folder / f"{domain}.jsonl"
+    rows = (" ".join(rng.choice(own if rng.random() < 0.7 else common) for _ in range(60)) for _ in range(count))
+    path.write_text("".join(json.dumps({"id": f"{domain}-{n}", "text": text}) + "\n" for n, text in enumerate(rows)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def clinic(tmp_path_factory):
+    """A folder with every domain's text and a config of the smallest run; its runs go to runs/."""
+    folder = tmp_path_factory.mktemp("clinic")
+    texts = {domain: {"documents": [str(write_text(folder, domain, count))]} for domain, count in DOMAINS.items()}
+    train = dict(
+        batch_size=4, micro_batch_size=2, learning_rate=3e-3, warmup_steps=2, evaluate_every=50, checkpoint_every=50
+    )
+    config = {
+        "run": {"name": "first", "folder": str(folder / "runs"), "seed": 3},
+        "tokenizer": {"vocab_size": 400},
+        "model": {
+            "d_model": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "d_ff": 96, "context_length": 64,
+        },
+        "public": texts["public"],
+        "owners": {name: {"slot": slot, "data": texts[name]} for slot, name in ((1, "billing"), (2, "radiology"))},
+        "anchor": {**train, "steps": 150},
+        "pack": {"train": {**train, "steps": 60}, "replay_share": 0.125, "router_tokens": 2000, "fit_router_every": 20},
+        "calibration": {"tokens": 1000},
+        "evaluation": {"optout_tokens": 200},
+    }  # fmt: skip
+    (folder / "clinic.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def start(clinic: Path, *arguments: str) -> subprocess.Popen:
+    code = "from launch.cli import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "train", str(clinic / "clinic.yaml"), *arguments],
+        cwd=clinic,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    """(status, what was shown, what was complained of)"""
+    try:
+        shown, complained = process.communicate(timeout=TIMEOUT)
+    finally:
+        process.kill()
+    return process.returncode, shown, complained
+
+
+def run(clinic: Path, name: str, *arguments: str) -> Path:
+    status, shown, complained = finish(start(clinic, f"run.name={name}", *arguments))
+    assert status == 0, f"{shown}\n{complained}"
+    assert complained == "", "a run that goes well is quiet"
+    return clinic / "runs" / name
+
+
+def results(run: Path) -> dict:
+    """What equal runs must agree on."""
+    every = json.loads((run / "results.json").read_text())
+    return {key: value for key, value in every.items() if key not in (*TIMED, "config_hash")}
+
+
+@pytest.fixture(scope="module")
+def first(clinic):
+    return run(clinic, "first")
+
+
+def test_a_run_leaves_what_it_promises(first):
+    made = {path.name for path in first.iterdir()}
+    assert made == {"config.yaml", "manifest.json", "stages", "packs", "model", "results.json", "report.html"}
+    assert {path.name for path in (first / "model").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert [row["step"] for row in read(first / "stages/anchor/metrics.jsonl")] == list(range(1, 151))
+    figures = results(first)
+    assert figures["optout"] == {"subsets": 4, "bitwise_equal": True, "plain_router_differs": True}
+    for name, specialty in figures["specialties"].items():
+        assert specialty["merged_bpb"] < specialty["anchor_bpb"], name
+        assert specialty["merged_bpb"] < specialty["without_owner_bpb"], name
+
+
+def test_no_training_text_is_in_what_a_run_says(first, clinic):
+    """Logs, metrics and results may name documents; what stands in them stays in the shards."""
+    text = json.loads((clinic / "billing.jsonl").read_text().splitlines()[0])["text"]
+    phrase = " ".join(text.split()[:3])
+    for path in first.rglob("*"):
+        if path.is_file() and path.suffix in (".jsonl", ".json", ".html", ".yaml", ".txt", ""):
+            assert phrase not in path.read_text(errors="replace"), path
+
+
+def test_stopped_and_resumed_is_the_same_run(clinic, first):
+    """Ctrl-C once while the anchor trains: a checkpoint, status 130; then --resume ends where `first` has ended."""
+    stopped = clinic / "runs/stopped"
+    metrics, process = stopped / "stages/anchor/metrics.jsonl", start(clinic, "run.name=stopped")
+    deadline = time.time() + TIMEOUT
+    while time.time() < deadline and process.poll() is None and not (metrics.exists() and len(read(metrics)) > 5):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    status, shown, complained = finish(process)
+    assert status == 130 and "--resume goes on from there" in complained, f"{shown}\n{complained}"
+    done = len(read(metrics))
+    assert 5 < done < 150 and not (stopped / "stages/anchor/model").exists()
+    assert [path.name for path in (stopped / "stages/anchor/checkpoints").glob("step-*")] == [f"step-{done:08}"]
+    run(clinic, "stopped", "--resume")
+    assert results(stopped) == results(first)
+
+
+def test_one_owners_data_moves_nothing_outside_its_pack(clinic, first):
+    """Non-interference: noise for billing's text, all else equal; every other tensor keeps its bits."""
+    noise = run(clinic, "noise", "owners.billing.data={noise_documents: 150, documents: []}")
+    radiology, other = (Pack.load(each / "packs/radiology").hashes() for each in (first, noise))
+    assert radiology == other
+    billing, other = (Pack.load(each / "packs/billing").hashes() for each in (first, noise))
+    assert all(billing[name] != digest for name, digest in other.items())
+    anchors = [tensor_hashes(load_file(each / "stages/anchor/model/model.safetensors")) for each in (first, noise)]
+    assert anchors[0] == anchors[1]
+    models = [load_file(each / "model/model.safetensors") for each in (first, noise)]
+    for name, tensor in models[0].items():
+        other = models[1][name]
+        if ".experts." in name or ".router." in name:  # slots 0, 1, 2 are the anchor's, billing's, radiology's
+            assert tensor_hashes({name: tensor[[0, 2]]}) == tensor_hashes({name: other[[0, 2]]})
+        else:
+            assert tensor_hashes({name: tensor}) == tensor_hashes({name: other})
+
+
+def test_a_corpus_row_without_text_ends_a_run_with_one_sentence(clinic, first):
+    """Found by a worker, after the anchor's data has been read; resuming takes the mended file."""
+    path = clinic / "billing.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + '{"id": "blank", "text": " "}\n')
+    status, shown, complained = finish(start(clinic, "run.name=blank"))
+    path.write_text(whole)
+    assert status == 2 and complained.count("\n") == 1, f"{shown}\n{complained}"
+    assert "billing.jsonl row 151 has no text" in complained
+    assert not (clinic / "runs/blank/results.json").exists() and not (clinic / "runs/blank/packs").exists()
