@@ -7,7 +7,7 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_CONSTRAINT := constraints.txt
 
-.PHONY: train test lint install clean
+.PHONY: train test install clean
 
 train: $(INSTALLED)
 	$(VENV)/bin/polyclinic train $(CONFIG) $(ARGS)

@@ -12,12 +12,17 @@ Cost    4 * C * H flops per visible pair of tokens: nothing is spent across docu
 Source  Scaled dot-product attention of torch, one call per run of equally long documents.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import backend, checks, reference
 from kernels.reference import Documents
+
+# In half precision the CPU's kernel compiles code for every length it meets and keeps it, 2 MB each (torch 2.13).
+CPU_LENGTHS = 64  # so documents are padded to a multiple of this many tokens
 
 
 def attention(q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, documents: Documents, *,
@@ -55,7 +60,25 @@ def _attention(q_THC, k_TGC, v_TGC, documents, scale, window) -> Tensor:
         # for 8 heads to 2, T 1500); one copy of k and v per query head leaves the sum to autograd (4.8e-3).
         group = q_THC.shape[1] // k_TGC.shape[1]
         k_TGC, v_TGC = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (k_TGC, v_TGC))
-    runs = _runs(documents.boundaries)
+        return _padded(q_THC, k_TGC, v_TGC, documents.boundaries, scale, window)
+    return _by_runs(q_THC, k_TGC, v_TGC, documents.boundaries, scale, window)
+
+
+def _padded(q_THC, k_THC, v_THC, boundaries, scale, window) -> Tensor:
+    """With zeros behind each document, which no token before them sees."""
+    edges, places, padded = torch.tensor(boundaries), [], [0]
+    for length in edges.diff().tolist():
+        places.append(torch.arange(length) + padded[-1])
+        padded.append(padded[-1] + -(-length // CPU_LENGTHS) * CPU_LENGTHS)
+    place_T, P = torch.cat(places), padded[-1]
+    if place_T.shape[0] == P:
+        return _by_runs(q_THC, k_THC, v_THC, boundaries, scale, window)
+    q_PHC, k_PHC, v_PHC = (x.new_zeros(P, *x.shape[1:]).index_copy(0, place_T, x) for x in (q_THC, k_THC, v_THC))
+    return _by_runs(q_PHC, k_PHC, v_PHC, padded, scale, window).index_select(0, place_T)
+
+
+def _by_runs(q_THC, k_TGC, v_TGC, boundaries, scale, window) -> Tensor:
+    runs = _runs(boundaries)
     # split, not slices: its backward is one concatenation instead of a T-long zero tensor per run.
     parts = [x.split([count * length for count, length in runs]) for x in (q_THC, k_TGC, v_TGC)]
     out = []
@@ -70,7 +93,7 @@ def _attention(q_THC, k_TGC, v_TGC, documents, scale, window) -> Tensor:
     return torch.cat(out)
 
 
-def _runs(boundaries: tuple[int, ...]) -> list[tuple[int, int]]:
+def _runs(boundaries: Sequence[int]) -> list[tuple[int, int]]:
     """(count, length) of consecutive documents of equal length."""
     runs: list[tuple[int, int]] = []
     for first, last in zip(boundaries, boundaries[1:], strict=False):

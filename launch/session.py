@@ -25,6 +25,7 @@ LOCAL_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(2**25),  # the largest it takes
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
     "MALLOC_TOP_PAD_": str(2**26),
+    "MALLOC_ARENA_MAX": "1",  # or every thread keeps what it once had: half of a rank's memory
 }
 
 

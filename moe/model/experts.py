@@ -24,6 +24,10 @@ class Experts(nn.Module):
         """One row for each routed row of `dispatch`, in its order."""
         return kernels.experts(x_TD, dispatch, self.w_gate_up, self.w_down)
 
+    def alone(self, x_TD: Tensor) -> Tensor:
+        """Every token through the one expert there is."""
+        return kernels.experts(x_TD, None, self.w_gate_up, self.w_down)
+
 
 class DenseFFN(nn.Module):
     """The anchor's feed-forward network: every token through the one expert."""
@@ -33,4 +37,4 @@ class DenseFFN(nn.Module):
         self.experts = Experts(1, d_model, d_ff)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, None]:
-        return kernels.experts(x_TD, None, self.experts.w_gate_up, self.experts.w_down), None
+        return self.experts.alone(x_TD), None

@@ -5,7 +5,7 @@ import torch
 
 import kernels
 from moe.specialty.pack import open_slot
-from moe.specialty.triage import OWN_SHARE, RIDGE, fit_router
+from moe.specialty.triage import NUISANCE, OWN_SHARE, RIDGE, fit_router
 
 RHO = 0.05
 
@@ -45,17 +45,26 @@ def texts(text):
 
 
 @torch.no_grad()
-def router_inputs(decoder, batches):
-    """What each layer's router sees, by stepping through the layers: [tokens, D] float64."""
+def router_inputs(decoder, batches, weights):
+    """What each layer's router sees with these experts below it, by stepping up: [tokens, D] float64.
+
+    `weights` gives a layer's (w_gate_up [2F, D], w_down [D, F])."""
     seen = [[] for _ in decoder.layers]
     for batch in batches:
         cos, sin = kernels.rope_table(batch.documents.position_T, decoder.config.head_size, decoder.config.rope_theta)
         x_TD = decoder.embedding(batch.token_T)
         for number, layer in enumerate(decoder.layers):
             h_TD = x_TD + layer.attention(layer.attention_norm(x_TD), batch.documents, cos, sin)
-            seen[number].append(layer.ffn_norm(h_TD).double())
-            x_TD, _ = layer(x_TD, batch.documents, cos, sin)
+            input_TD = layer.ffn_norm(h_TD)
+            seen[number].append(input_TD.double())
+            w_gate_up, w_down = weights(layer.ffn)
+            gate, up = (input_TD @ w_gate_up.T).chunk(2, dim=1)
+            x_TD = h_TD + (torch.nn.functional.silu(gate) * up) @ w_down.T
     return [torch.cat(parts) for parts in seen]
+
+
+def weights_of(experts):
+    return experts.w_gate_up[0], experts.w_down[0]
 
 
 @torch.no_grad()
@@ -69,13 +78,17 @@ def logits(model, batches):
 
 
 def test_rows_by_the_equation(opened, texts):
-    """Of means and covariances over tokens, whatever the batches, with the layers below as they route afterwards."""
-    model, _ = opened()
+    """Of means and covariances over tokens, whatever the batches, and of what the own experts below change."""
+    model, anchor = opened()
     fit_router(model, *texts, RHO)
-    for layer, own_TD, public_TD in zip(
-        model.layers, router_inputs(model, texts[0]), router_inputs(model, texts[1]), strict=True
-    ):
+    own, public = (router_inputs(anchor, text, lambda ffn: weights_of(ffn.experts)) for text in texts[:2])
+    own_changed, public_changed = (router_inputs(model, text, lambda ffn: weights_of(ffn.own)) for text in texts[:2])
+    for number, layer in enumerate(model.layers):
+        own_TD, public_TD = own[number], public[number]
+        change_TD = torch.cat([own_changed[number] - own_TD, public_changed[number] - public_TD])
+        assert (change_TD.abs().max() > 0.01) == (number > 0), "nothing is below the first layer"
         S = (1 - OWN_SHARE) * public_TD.T.cov(correction=0) + OWN_SHARE * own_TD.T.cov(correction=0)
+        S += NUISANCE * change_TD.T @ change_TD / len(change_TD)
         S += RIDGE * S.diagonal().mean() * torch.eye(32)
         want = torch.linalg.inv(S) @ (own_TD.mean(dim=0) - public_TD.mean(dim=0))
         # Hidden states and squares are float32; the inverse multiplies their rounding by up to 1 / RIDGE.
