@@ -8,12 +8,12 @@ Shapes  x [T, D], w_gate_up [E, 2F, D] (gate rows first), w_down [E, D, F]; y [N
         layer is this same op, without a gather.
 Dtypes  x and weights one floating dtype, y the same; h is rounded to it; silu in float32.
 Needs   dispatch from kernels.dispatch for these E experts.
-Grads   x, w_gate_up, w_down; first order only. Experts without rows, and the first `num_frozen`, get
-        zeros (not computed). No atomics: a token's K gradients are added in the order of k.
+Grads   x, w_gate_up, w_down, each only where it is asked for; first order only. Experts without rows
+        get zeros (not computed). No atomics: a token's K gradients are added in the order of k.
 Bits    A row of y depends on its expert's weights and on that expert's rows, never on other experts,
         their rows or their number: one product per expert (kernels/product.py). torch's grouped_mm
         is no faster on a CPU (within 5 %, E 1 to 16), and refuses rows of odd size.
-Errors  ValueError for a wrong shape, dtype, device or num_frozen.
+Errors  ValueError for a wrong shape, dtype or device.
 Cost    6 * N * D * F flops forward, 12 backward. Saves x and h (N * 2F), not the gathered rows, the
         activation or y. On a GPU this backend waits once for the offsets.
 Source  Backward written out in the comments below; the order of steps is SonicMoE's, arXiv:2512.14080.
@@ -32,20 +32,19 @@ from kernels.reference import Dispatch
 BLOCK = 2**18  # elements of h activated at a time; best of 2**15 to 2**20, AMD EPYC with AVX-512, 1 MB of L2
 
 
-def experts(x_TD: Tensor, dispatch: Dispatch | None, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor, *,
-            num_frozen: int = 0) -> Tensor:
+def experts(x_TD: Tensor, dispatch: Dispatch | None, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor) -> Tensor:
     """Return y_ND; see the module docstring for the contract."""
-    _check(x_TD, dispatch, w_gate_up_E2FD, w_down_EDF, num_frozen)
+    _check(x_TD, dispatch, w_gate_up_E2FD, w_down_EDF)
     if backend.choose(x_TD.device.type) == "reference":
-        return reference.experts(x_TD, dispatch, w_gate_up_E2FD, w_down_EDF, num_frozen=num_frozen)
+        return reference.experts(x_TD, dispatch, w_gate_up_E2FD, w_down_EDF)
     offset, token_N, row_TK = (None, None, None) if dispatch is None else dispatch
     inputs = (x_TD.contiguous(), w_gate_up_E2FD, w_down_EDF)
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-        return _Experts.apply(*inputs, num_frozen, offset, token_N, row_TK)
+        return _Experts.apply(*inputs, offset, token_N, row_TK)
     return _forward(*inputs, _spans(offset, x_TD), token_N, save_h=False)[0]
 
 
-def _check(x_TD, dispatch, w_gate_up_E2FD, w_down_EDF, num_frozen) -> None:
+def _check(x_TD, dispatch, w_gate_up_E2FD, w_down_EDF) -> None:
     checks.shape("x", x_TD, "TD", None, None)
     T, D = x_TD.shape
     checks.shape("w_down", w_down_EDF, "EDF", None, D, None)
@@ -54,8 +53,6 @@ def _check(x_TD, dispatch, w_gate_up_E2FD, w_down_EDF, num_frozen) -> None:
     checks.shape("w_gate_up", w_gate_up_E2FD, ("E", "2F", "D"), E, 2 * F, D)
     checks.same_dtype(x=x_TD, w_gate_up=w_gate_up_E2FD, w_down=w_down_EDF)
     checks.same_device(x=x_TD, w_gate_up=w_gate_up_E2FD, w_down=w_down_EDF)
-    if not 0 <= num_frozen <= E:
-        raise ValueError(f"num_frozen is {num_frozen}: want 0 to {E}, the number of experts")
     if dispatch is None:
         if E != 1:
             raise ValueError(f"dispatch is None and there are {E} experts: want 1, or a dispatch")
@@ -71,8 +68,8 @@ def _check(x_TD, dispatch, w_gate_up_E2FD, w_down_EDF, num_frozen) -> None:
 
 class _Experts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, w_gate_up_E2FD, w_down_EDF, num_frozen, offset, token_N, row_TK):
-        ctx.spans, ctx.num_frozen = _spans(offset, x_TD), num_frozen
+    def forward(ctx, x_TD, w_gate_up_E2FD, w_down_EDF, offset, token_N, row_TK):
+        ctx.spans = _spans(offset, x_TD)
         y_ND, h_N2F = _forward(x_TD, w_gate_up_E2FD, w_down_EDF, ctx.spans, token_N, save_h=True)
         ctx.save_for_backward(x_TD, w_gate_up_E2FD, w_down_EDF, h_N2F, token_N, row_TK)
         return y_ND
@@ -87,23 +84,22 @@ class _Experts(torch.autograd.Function):
         dgate_up = torch.empty_like(w_gate_up_E2FD) if needs_gate_up else None
         ddown = torch.empty_like(w_down_EDF) if needs_down else None
         for e, (first, last) in enumerate(ctx.spans):
-            trained = e >= ctx.num_frozen and first < last
-            for dw in (dgate_up, ddown):
-                if dw is not None and not trained:
-                    dw[e].zero_()
-            if first == last or not (trained or needs_x):
+            if first == last:
+                for dw in (dgate_up, ddown):
+                    if dw is not None:
+                        dw[e].zero_()
                 continue
             dy = dy_ND[first:last]
             a, dh = _activation_backward(product(dy, w_down_EDF[e]), h_N2F[first:last])  # dA = dy W2
-            if needs_down and trained:
+            if needs_down:
                 product(dy.T, a, ddown[e])  # dW2 = dy^T A
-            if needs_gate_up and trained:
+            if needs_gate_up:
                 product(dh.T, _rows(x_TD, token_N, first, last), dgate_up[e])  # dW13 = dH^T x
             if needs_x:
                 product(dh, w_gate_up_E2FD[e], dx_ND[first:last])  # dX' = dH W13
         if needs_x and row_TK is not None:
             dx_ND = gather_sum(dx_ND, None, row_TK)
-        return dx_ND, dgate_up, ddown, None, None, None, None  # x, w_gate_up, w_down, the rest
+        return dx_ND, dgate_up, ddown, None, None, None  # x, w_gate_up, w_down, the rest
 
 
 def _spans(offset: Tensor | None, x_TD: Tensor) -> list[tuple[int, int]]:

@@ -108,13 +108,10 @@ def dispatch(expert_TK: Tensor, num_experts: int) -> Dispatch:
     return Dispatch(offset.int(), token_N.int(), row_N.reshape(expert_TK.shape).int())
 
 
-def experts(x_TD: Tensor, dispatch: Dispatch | None, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor, *,
-            num_frozen: int = 0) -> Tensor:
+def experts(x_TD: Tensor, dispatch: Dispatch | None, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor) -> Tensor:
     x_ND = x_TD if dispatch is None else x_TD[dispatch.token_N.long()]
     offset = [0, x_TD.shape[0]] if dispatch is None else dispatch.offset.tolist()
     dtype = at_least_float32(x_TD)
-    w_gate_up_E2FD, w_down_EDF = (torch.cat([w[:num_frozen].detach(), w[num_frozen:]])
-                                  for w in (w_gate_up_E2FD, w_down_EDF))
     y = []
     for e, (w_gate_up, w_down) in enumerate(zip(w_gate_up_E2FD, w_down_EDF, strict=True)):
         gate, up = (x_ND[offset[e]:offset[e + 1]] @ w_gate_up.T).to(dtype).chunk(2, dim=1)

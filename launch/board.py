@@ -33,11 +33,13 @@ class Board:
         return self._stopping
 
     def end(self, stage: str, ending: str) -> None:
-        """`ending` is finished, stopped, or refused: followed by why."""
-        self._endings[stage] = ending
+        """`ending` is finished, stopped, or refused: followed by why. One rank's refusal is the job's."""
+        if not self.ending(stage).startswith("refused"):
+            self._endings[stage] = ending
 
     def ending(self, stage: str) -> str:
-        return self._endings[stage]
+        """Empty where no rank has told one."""
+        return self._endings.get(stage, "")
 
     def stop(self) -> None:
         self._stopping = True

@@ -1,5 +1,8 @@
 """The `polyclinic` command. Exit status: 0 done, 1 a failure, 2 a wrong input, 130 stopped on request."""
 
+import json
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -56,6 +59,37 @@ def report(run: Annotated[Path, typer.Argument(help="A finished run's folder, su
     Console().print(str(write_page(RunFolder(run))), soft_wrap=True, highlight=False, markup=False)
 
 
+@app.command()
+def optout(
+    model: Annotated[Path, typer.Argument(help="A merged model's folder, such as runs/quickstart/model.")],
+    owners: Annotated[list[str], typer.Argument(help="Who leaves.")],
+    out: Annotated[Path, typer.Option(help="The smaller model's folder; must not exist.")],
+) -> None:
+    """Write MODEL without the packs of OWNERS, the bits of a merge that never had them, and a certificate.
+
+    Example: polyclinic optout runs/quickstart/model billing --out without-billing
+    """
+    from moe.hf import folder
+    from moe.specialty.merge import certificate, opt_out
+
+    if out.exists():
+        raise InputError(f"{out} exists: want a folder that does not")
+    before = folder.load(model)
+    folder.save(out, opt_out(before, owners))
+    proof = certificate(before, folder.load(out))
+    (out / "certificate.json").write_text(json.dumps(proof, indent=1) + "\n")
+    left, unchanged = proof["removed_tensors_found_after"], proof["kept_tensors_unchanged"]
+    Console().print(
+        f"{out}: {len(proof['removed_tensors'])} tensors of {', '.join(owners)} removed, {len(left)} of them found "
+        f"after; all others {'unchanged' if unchanged else 'CHANGED'}; hashes in certificate.json",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
+    if left or not unchanged:
+        raise StageFailed(f"{out} is not what opting out promises; see its certificate.json")
+
+
 def main() -> None:
     """Run the command; what goes wrong becomes one sentence and an exit status."""
     try:
@@ -68,7 +102,8 @@ def main() -> None:
         raise SystemExit(STOPPED) from None
     except StoppedAtOnce:
         _say("stopped at once; the same command with --resume goes on from the last checkpoints")
-        raise SystemExit(STOPPED) from None
+        sys.stdout.flush()
+        os._exit(STOPPED)  # threads may still wait for workers that are gone
     except StageFailed as error:
         _say(str(error))
         raise SystemExit(FAILED) from None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from moe.config import Config
 from moe.errors import InputError
 
-# Set before ray is imported; workers inherit them.
+# Set before ray is imported. Workers of a local cluster inherit them; those of another are given them.
 ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # fit returns a second after training ends, not three
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -53,6 +53,7 @@ def session(config: Config) -> Iterator[Capacity]:
         # Logical CPUs: on a small machine the owners still train side by side, sharing the cores.
         side_by_side = len(config.owners) * config.cluster.owner_workers
         ray.init(
+            address="local",  # or Ray would take any cluster that runs on this machine
             num_cpus=max(os.cpu_count() or 1, largest, side_by_side),
             include_dashboard=False,
             log_to_driver=False,
@@ -60,7 +61,12 @@ def session(config: Config) -> Iterator[Capacity]:
         )
     else:
         try:
-            ray.init(address=config.cluster.address, log_to_driver=False, logging_level="error")
+            ray.init(
+                address=config.cluster.address,
+                runtime_env={"env_vars": ENVIRONMENT},
+                log_to_driver=False,
+                logging_level="error",
+            )
         except (ConnectionError, ValueError) as error:
             raise InputError(f"cluster.address={config.cluster.address}: no Ray cluster answers there") from error
     try:

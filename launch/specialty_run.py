@@ -20,7 +20,7 @@ from launch.board import Board
 from launch.graph import Outputs, Stage, Stopped
 from launch.session import Capacity
 from launch.worker import measure_domain, merge_packs, prepare_domain, train_rank
-from moe.config import PUBLIC, Config
+from moe.config import PUBLIC, Config, DataConfig
 from moe.errors import InputError
 from moe.hf.folder import load as load_model
 from moe.run_folder import RunFolder
@@ -31,10 +31,12 @@ class SpecialtyRun:
     """Builds the stages of one run on a connected cluster."""
 
     def __init__(self, config: Config, run: RunFolder, capacity: Capacity):
-        self.config, self.run, self.capacity = config, run, capacity
+        # Ray's processes have working directories of their own.
+        self.config, self.run, self.capacity = config, RunFolder(run.path.resolve()), capacity
         self.board = Board.remote()
-        self._values = config.model_dump(mode="json")
+        self._values = config.with_absolute_paths().model_dump(mode="json")
         self._room = Room(capacity.workers)
+        self._stopping = threading.Event()
         self._fits: dict[str, Future] = {}
 
     def stages(self) -> list[Stage]:
@@ -44,7 +46,7 @@ class SpecialtyRun:
         stages = [
             Stage(
                 f"data-{PUBLIC}",
-                settings=[config.public.model_dump(mode="json"), config.tokenizer.vocab_size, seed],
+                settings=[_content(config.public), config.tokenizer.vocab_size, seed],
                 run=lambda _: self._task(prepare_domain, PUBLIC),
                 makes=(run.tokenizer, *(run.shards(PUBLIC, split) for split in ("train", "calibration", "eval"))),
             ),
@@ -61,7 +63,7 @@ class SpecialtyRun:
         stages += [
             Stage(
                 f"data-{owner}",
-                settings=[config.owners[owner].data.model_dump(mode="json"), seed],
+                settings=[_content(config.owners[owner].data), seed],
                 run=lambda _, owner=owner: self._task(prepare_domain, owner),
                 needs=(f"data-{PUBLIC}",),
                 makes=(run.shards(owner, "train"), run.shards(owner, "eval")),
@@ -110,6 +112,7 @@ class SpecialtyRun:
 
     def stop(self) -> None:
         """Ask all training stages to stop at a checkpoint."""
+        self._stopping.set()
         ray.get(self.board.stop.remote())
 
     def _task(self, function: Any, domain: str) -> Outputs:
@@ -128,14 +131,17 @@ class SpecialtyRun:
         return {"slot": pack.slot, "anchor_hash": pack.anchor_hash, "tensors": pack.hashes()}
 
     def _train(self, stage: str, job: dict[str, Any]) -> None:
-        """Give the workers their job and wait for them. Raises Stopped where they stopped at a checkpoint."""
+        """Give the workers their job and wait for them. Raises Stopped where they stopped at a checkpoint, InputError
+        where one found its input wrong, whatever became of the others then."""
         self._post(stage, {"config": self._values, "run": str(self.run.path), **job})
-        self._fits[stage].result()
+        failure = self._fits[stage].exception()
         ending = ray.get(self.board.ending.remote(stage))
+        if ending.startswith("refused: "):
+            raise InputError(ending.removeprefix("refused: "))
+        if failure:
+            raise failure
         if ending == "stopped":
             raise Stopped
-        if ending != "finished":
-            raise InputError(ending.removeprefix("refused: "))
 
     def _post(self, stage: str, job: dict[str, Any] | None) -> None:
         ray.get(self.board.post.remote(stage, job))
@@ -149,6 +155,8 @@ class SpecialtyRun:
         def fit() -> None:
             try:
                 with self._room.take(workers):
+                    if self._stopping.is_set():
+                        raise Stopped
                     future.set_result(self._trainer(stage, workers).fit())
             except BaseException as error:
                 future.set_exception(error)
@@ -174,6 +182,12 @@ class SpecialtyRun:
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
         )
+
+
+def _content(data: DataConfig) -> list[Any]:
+    """What a domain's text depends on: its config, and whether its files have changed since."""
+    files = [path.stat() for path in (*data.documents, *data.held_out)]
+    return [data.model_dump(mode="json"), [[file.st_size, file.st_mtime_ns] for file in files]]
 
 
 class Room:

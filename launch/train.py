@@ -1,5 +1,6 @@
 """`polyclinic train`: check everything that can be checked, then run the graph until it ends or is asked to stop."""
 
+import fcntl
 import json
 import shutil
 import signal
@@ -10,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 
@@ -41,9 +42,10 @@ def train(path: Path, overrides: Sequence[str], resume: bool, console: Console) 
     _check_folder(run, resume)
     with session(config) as capacity:
         config = _resolve(config, capacity)
-        _describe(run, config)
+        lock = _describe(run, config)
         graph = _follow(config, run, capacity, console)
     shutil.rmtree(run.ray, ignore_errors=True)
+    lock.close()
     _raise_first(graph, run)
     from moe.report.page import write_page  # plotting takes a second to import
     from moe.report.results import write_results
@@ -80,9 +82,17 @@ def _resolve(config: Config, capacity: Capacity) -> Config:
     return config.model_copy(update={"run": config.run.model_copy(update={"precision": precision})})
 
 
-def _describe(run: RunFolder, config: Config) -> None:
-    """Make the run's folder, with config.yaml and manifest.json: with them a stranger can run it again."""
+def _describe(run: RunFolder, config: Config) -> TextIO:
+    """Make the run's folder, with config.yaml and manifest.json: with them a stranger can run it again.
+
+    Returns config.yaml open and locked: the folder is ours until it is closed. Raises InputError where it is
+    somebody else's."""
     run.path.mkdir(parents=True, exist_ok=True)
+    lock = run.config.open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise InputError(f"run {run.path} is being run by another process: want it to end first") from error
     text = dump(config)
     run.config.write_text(text)
     manifest = {
@@ -93,13 +103,15 @@ def _describe(run: RunFolder, config: Config) -> None:
         "notice": "Not for clinical use.",
     }
     run.manifest.write_text(json.dumps(manifest, indent=1) + "\n")
+    return lock
 
 
 def _commit() -> str | None:
-    """Of the code that runs; None where it is not a git checkout."""
-    here = Path(__file__).parent
-    asked = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
-    return asked.stdout.strip() or None
+    """Of the code that runs, `-modified` where it has been changed since; None where it is not a git checkout."""
+    git = ["git", "-C", Path(__file__).parent]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    return commit + "-modified" * bool(changed) if commit else None
 
 
 def _follow(config: Config, run: RunFolder, capacity: Capacity, console: Console) -> Graph:
@@ -119,8 +131,8 @@ def _follow(config: Config, run: RunFolder, capacity: Capacity, console: Console
                 if (requests or wrong_input) and not graph.stopping.is_set():
                     graph.stopping.set()
                     specialty_run.stop()
-                    display.message = "stopping at a checkpoint; Ctrl-C again stops at once"
-                if len(requests) > 1:
+                    display.message = f"stopping at a checkpoint; Ctrl-C {'' if wrong_input else 'again '}stops at once"
+                if len(requests) + wrong_input > 1:
                     raise KeyboardInterrupt
                 display.update(graph.progress, specialty_run.rows())
                 time.sleep(POLL_SECONDS)

@@ -39,9 +39,10 @@ def train_rank(settings: dict[str, Any]) -> None:
     ray.get(board.end.remote(stage, ending))
 
 
-@ray.remote(num_cpus=1, max_calls=1)
+@ray.remote(num_cpus=0, max_calls=1)
 def prepare_domain(config: dict[str, Any], run: RunFolder, domain: str) -> dict[str, Any]:
-    """In a process of its own that ends with it, so that the priority it gives up is not missed by the next."""
+    """In a process of its own that ends with it, so that the priority it gives up is not missed by the next; and
+    without a claim on a CPU, all of which may be held by the anchor's workers, who wait for it."""
     from moe.data.prepare import prepare
 
     if domain != PUBLIC:

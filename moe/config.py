@@ -99,6 +99,10 @@ class DataConfig(Section):
     held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.08  # of `documents`, where `held_out` is empty
     max_characters: PositiveInt | None = None  # cap on the demonstration's training documents
 
+    def with_absolute_paths(self) -> Self:
+        absolute = {key: tuple(path.resolve() for path in getattr(self, key)) for key in ("documents", "held_out")}
+        return self.model_copy(update=absolute)
+
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         given = [
@@ -205,8 +209,18 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
     deepspeed: dict[str, Any] = {}  # passed through to DeepSpeed after ours; a clash is an error
 
+    def with_absolute_paths(self) -> Self:
+        """The same config for a process with another working directory."""
+        owners = {
+            name: owner.model_copy(update={"data": owner.data.with_absolute_paths()})
+            for name, owner in self.owners.items()
+        }
+        return self.model_copy(update={"public": self.public.with_absolute_paths(), "owners": owners})
+
     @model_validator(mode="after")
     def _owners_fit(self) -> Self:
+        if self.model.top_k < 2:
+            raise ValueError(f"model.top_k={self.model.top_k}: want at least 2, because packs are trained in a pair")
         if not self.owners:
             raise ValueError("owners is empty: want at least one owner with a slot and data")
         holder: dict[int, str] = {}

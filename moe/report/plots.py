@@ -104,8 +104,8 @@ def held_out(curves: Mapping[str, Rows], starts: Mapping[str, float]) -> Plot:
             draw,
             f"Line plot of held-out bits per byte over steps. {_ends(lines, 'bits per byte')}",
         ),
-        "Measured during training, before a pack's last calibration, on held-out text of each job's own domain; the "
-        "hollow marks at step 0 are the anchor on that text, from which a pack starts.",
+        "Measured during training, before a pack's router is fitted for the last time, on held-out text of each job's "
+        "own domain; the hollow marks at step 0 are the anchor on that text, from which a pack starts.",
     )
 
 

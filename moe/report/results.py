@@ -26,7 +26,7 @@ def write_results(
         "config_hash": value_hash(config.model_dump(mode="json")),
         "commit": json.loads(run.manifest.read_text())["commit"],
         "device": device,
-        "anchor_hash": outputs["anchor"]["anchor_hash"],
+        "anchor_hash": outputs["merge"]["anchor_hash"],
         "model_hash": outputs["merge"]["model_hash"],
         "wall_s": seconds,
         "public": {

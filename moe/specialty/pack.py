@@ -5,7 +5,7 @@ loss. Attention, norms and embedding are the anchor's and frozen too, so packs o
 router is not trained but fitted (moe.specialty.triage), again and again while the expert learns.
 
     PACK/pack.safetensors    layers.L.w_gate_up [2F, D], layers.L.w_down [D, F], layers.L.row [D], layers.L.bias []
-    PACK/pack.json           owner, slot, H0, hash of the data's manifest, hash of every tensor, versions, metrics
+    PACK/pack.json           owner, slot, H0, hashes of the data's manifests, of the training's inputs, of every tensor
 """
 
 import copy
@@ -54,12 +54,11 @@ class PackFFN(nn.Module):
         table_SD = nn.functional.pad(self.row[None], (0, 0, *around))
         bias_S = nn.functional.pad(self.bias, around)
         route = kernels.route(x_TD, table_SD, bias_S, self.present_S, 2)
-        expert_TK = (route.slot_TK != ANCHOR_SLOT).int()
-        dispatch = kernels.dispatch(expert_TK, 2)
-        w_gate_up = torch.cat([self.anchor.w_gate_up, self.own.w_gate_up])
-        w_down = torch.cat([self.anchor.w_down, self.own.w_down])
-        y_ND = kernels.experts(x_TD, dispatch, w_gate_up, w_down, num_frozen=1)
-        return kernels.combine(y_ND, route.weight_TK, dispatch.row_TK), route
+        # Every token uses both: the anchor's rows, then the owner's.
+        y_ND = torch.cat([self.anchor.alone(x_TD), self.own.alone(x_TD)])
+        T = x_TD.shape[0]
+        row_TK = torch.arange(T, device=x_TD.device)[:, None] + T * (route.slot_TK != ANCHOR_SLOT)
+        return kernels.combine(y_ND, route.weight_TK, row_TK.int()), route
 
 
 def open_slot(anchor: Decoder, slot: int) -> Decoder:
@@ -76,7 +75,7 @@ class Pack:
     slot: int
     anchor_hash: str  # H0
     tensors: dict[str, Tensor]
-    provenance: dict[str, Any]  # data manifest, code version, metrics
+    provenance: dict[str, Any]  # hashes of what it was made from
 
     @classmethod
     def of(cls, model: Decoder, owner: str, anchor_hash: str, provenance: dict[str, Any]) -> "Pack":

@@ -12,6 +12,7 @@ from moe.data import tokenizer
 from moe.data.loader import Batch, Loader, Source, whole_documents
 from moe.data.shards import PackedDocuments
 from moe.eval.bits import TOKENS_PER_BATCH, bits_per_byte
+from moe.hashing import value_hash
 from moe.hf import folder as model_folder
 from moe.hf.folder import ModelFolder
 from moe.model import Decoder
@@ -63,19 +64,22 @@ def train_pack(config: Config, run: RunFolder, owner: str, identity: str, device
     )
 
     def fit(step: int) -> None:
-        if step % config.pack.fit_router_every == 0:
+        if step % config.pack.fit_router_every:
+            return
+        if dist.get_rank() == 0:
             fit_router(model, own_sample, public_sample, calibration, config.calibration.rho)
+        for layer in model.layers:
+            dist.broadcast(layer.ffn.row, src=0)
+            dist.broadcast(layer.ffn.bias, src=0)
 
     loader = _loader(config, config.pack.train, train_text, replay=public)
     job = _job(config, run, f"pack-{owner}", identity, config.pack.train, config.pack.z_loss_weight)
     if not train(job, model, loader, _held_out(model, held_out), report, before_update=fit):
         return False
     if dist.get_rank() == 0:
-        for layer in model.layers:  # the engine may have made them bfloat16; what leaves is float32
-            layer.ffn.row, layer.ffn.bias = layer.ffn.row.float(), layer.ffn.bias.float()
         fit_router(model, own_sample, public_sample, calibration, config.calibration.rho)
-        provenance = {"data": train_text.manifest, "public_data": public.manifest, "training": identity}
-        Pack.of(model, owner, anchor_hash, provenance).save(run.pack(owner))
+        data = {"data": value_hash(train_text.manifest), "public_data": value_hash(public.manifest)}
+        Pack.of(model, owner, anchor_hash, {**data, "training": identity}).save(run.pack(owner))
     dist.barrier()
     return True
 

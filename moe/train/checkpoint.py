@@ -14,6 +14,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -48,7 +49,7 @@ def save(folder: Path, engine: Engine, state: State, identity: str) -> None:
     A later step's can only be one that `restore` has passed over: it goes."""
     tensors = {name: tensor.cpu() for name, tensor in engine.state() if engine.rank == 0}
     if engine.rank == 0:
-        final = folder / f"step-{state.step:08}"
+        final = _folder(folder, state.step)
         temporary = folder / f".{final.name}.partial"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -79,16 +80,28 @@ def save(folder: Path, engine: Engine, state: State, identity: str) -> None:
 def restore(folder: Path, engine: Engine, identity: str) -> State:
     """Load the newest whole checkpoint into the engine; a fresh State where there is none. Every rank must call it.
 
-    A damaged one is named in the log and the next older one is taken."""
+    A damaged one is named in the log and the next older one is taken. Rank 0 chooses for all; raises
+    DamagedCheckpoint on a rank that cannot read what it has chosen."""
+    found = _newest(folder, identity) if engine.rank == 0 else None
+    step = found[1].step if found else -1
+    if engine.world_size > 1:
+        chosen = torch.tensor([step], device=engine.device)
+        dist.broadcast(chosen, src=0)
+        step = int(chosen)
+    if step < 0:
+        return State()
+    tensors, state = found or _read(_folder(folder, step), identity)
+    engine.load(tensors, state.step - state.skipped)
+    return state
+
+
+def _newest(folder: Path, identity: str) -> tuple[dict[str, Tensor], State] | None:
     for path in _steps(folder):
         try:
-            tensors, state = _read(path, identity)
+            return _read(path, identity)
         except DamagedCheckpoint as error:
             log.warning("%s; falling back to an older checkpoint", error)
-            continue
-        engine.load(tensors, state.step - state.skipped)
-        return state
-    return State()
+    return None
 
 
 def _read(path: Path, identity: str) -> tuple[dict[str, Tensor], State]:
@@ -103,6 +116,10 @@ def _read(path: Path, identity: str) -> tuple[dict[str, Tensor], State]:
         if name not in tensors or tensor_hash(tensors[name]) != expected:
             raise DamagedCheckpoint(f"checkpoint {path} is damaged at tensor {name}")
     return tensors, State(manifest["step"], manifest["position"], manifest["skipped"])
+
+
+def _folder(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08}"
 
 
 def _steps(folder: Path) -> list[Path]:

@@ -1,7 +1,7 @@
 """The training engine: the only place that knows DeepSpeed.
 
 It builds the optimizer, shards its state (ZeRO 1 or 2), reduces and clips gradients, and hands out the whole
-float32 masters and moments by name, so that a checkpoint does not depend on how many ranks wrote it.
+float32 masters, moments and buffers by name, so that a checkpoint does not depend on how many ranks wrote it.
 """
 
 import logging

@@ -7,7 +7,7 @@ from typing import Any
 from moe.config import Config, TrainConfig
 from moe.errors import InputError
 
-OURS = {"optimizer", "scheduler"}  # DeepSpeed would build its own beside ours
+OURS = {"optimizer", "scheduler", "data_types"}  # DeepSpeed would build its own beside ours, or round what is fitted
 
 
 def check(config: Config) -> None:

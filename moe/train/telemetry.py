@@ -1,6 +1,7 @@
 """What a training job says about itself: metrics.jsonl always, wandb where configured. Never a row of text."""
 
 import json
+import os
 import resource
 import sys
 from pathlib import Path
@@ -16,15 +17,16 @@ class Metrics:
 
     def __init__(self, path: Path, resume_at: int, tracking: TrackingConfig, name: str):
         path.parent.mkdir(parents=True, exist_ok=True)
-        old = read(path) if path.is_file() else []
-        self._file = path.open("w", encoding="utf-8")
-        for row in old:
-            if row["step"] <= resume_at:
-                self._write(row)
+        kept = [row for row in (read(path) if path.is_file() else []) if row["step"] <= resume_at]
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(partial, path)
+        self._file = path.open("a", encoding="utf-8")
         self._wandb = _wandb_run(path.parent, tracking, name) if tracking.wandb != "off" else None
 
     def log(self, row: dict[str, Any]) -> None:
-        self._write(row)
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
         if self._wandb:
             self._wandb.log(row, step=row["step"])
 
@@ -32,10 +34,6 @@ class Metrics:
         self._file.close()
         if self._wandb:
             self._wandb.finish()
-
-    def _write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import kernels
 from kernels import reference
@@ -119,3 +120,19 @@ def test_refuses(change, message):
     q, k, v, documents, scale, window = (good | change).values()
     with pytest.raises(ValueError, match=message):
         kernels.attention(q, k, v, documents, scale=scale, window=window)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_few_lengths_reach_the_kernel_in_half_precision(monkeypatch, dtype):
+    """It compiles code for each and keeps it: two megabytes for every length a text has."""
+    lengths, plain = set(), F.scaled_dot_product_attention
+
+    def noted(q, *rest, **options):
+        lengths.add(q.shape[2])
+        return plain(q, *rest, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    edges = [0, *torch.arange(1, 200).cumsum(0).tolist()]  # a document of every length
+    x_THC = torch.randn(edges[-1], 2, 8).to(dtype)
+    kernels.attention(x_THC, x_THC, x_THC, kernels.documents(edges))
+    assert lengths == {64, 128, 192, 256}

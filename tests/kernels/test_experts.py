@@ -1,5 +1,4 @@
 import importlib
-from functools import partial
 
 import pytest
 import torch
@@ -62,30 +61,6 @@ def test_by_hand(device):
     dispatch = kernels.dispatch(torch.tensor([[0, 1], [0, 1]], device=device), 2)
     y_ND = kernels.experts(x_TD, dispatch, w_gate_up, w_down)
     assert y_ND.flatten().tolist() == [0, 0, 200 * 1 * 1, 200 * 3 * 3]
-
-
-@DTYPES
-@pytest.mark.parametrize("num_frozen", [1, 4])
-def test_frozen_experts_get_zeros_and_change_nothing_else(num_frozen, dtype, device):
-    inputs = experts_inputs(30, 2, 16, 24, 4, dtype, device)
-    y, dx, dgate_up, ddown = outputs_and_gradients(kernels.experts, inputs)
-    got = outputs_and_gradients(partial(kernels.experts, num_frozen=num_frozen), inputs)
-    assert torch.equal(got[0], y) and torch.equal(got[1], dx)
-    for dw, all_trained in ((got[2], dgate_up), (got[3], ddown)):
-        assert (dw[:num_frozen] == 0).all() and torch.equal(dw[num_frozen:], all_trained[num_frozen:])
-    op, oracle = (partial(f, num_frozen=num_frozen) for f in (kernels.experts, reference.experts))
-    assert_as_exact_as(oracle, op, oracle, inputs, "y dx dw_gate_up dw_down", terms=30)
-
-
-def test_frozen_experts_cost_no_weight_products(device, monkeypatch):
-    """Backward of 2 experts of which 1 is frozen: 2 products for dA, 2 for dx, 2 for weights."""
-    inputs = experts_inputs(30, 2, 16, 24, 2, torch.float32, device)
-    y_ND = kernels.experts(*inputs, num_frozen=1)
-    products = []
-    monkeypatch.setattr(MODULE, "product", lambda *args: products.append(args) or product(*args))
-    product = importlib.import_module("kernels.product").product
-    y_ND.sum().backward()
-    assert len(products) == 6
 
 
 @pytest.mark.parametrize("trained", [(0,), (1,), (2,), (1, 2)], ids=["x", "gate_up", "down", "weights"])
@@ -200,11 +175,10 @@ def test_gradcheck_of_the_layer_in_float64(device):
                  r"dispatch.offset has shape \(6,\): want \(E \+ 1=3\)", id="other-experts"),
     pytest.param(dict(dispatch=kernels.dispatch(expert_choice(4, 1, 2), 2)),
                  r"dispatch.row has shape \(4, 1\): want \(T=3, K\)", id="other-tokens"),
-    pytest.param(dict(num_frozen=3), "num_frozen is 3: want 0 to 2, the number of experts", id="frozen"),
 ])
 def test_refuses(change, message):
     good = dict(x=torch.zeros(3, 4), dispatch=kernels.dispatch(expert_choice(3, 1, 2), 2),
-                gate_up=torch.zeros(2, 12, 4), down=torch.zeros(2, 4, 6), num_frozen=0)
-    x, dispatch, gate_up, down, num_frozen = (good | change).values()
+                gate_up=torch.zeros(2, 12, 4), down=torch.zeros(2, 4, 6))
+    x, dispatch, gate_up, down = (good | change).values()
     with pytest.raises(ValueError, match=message):
-        kernels.experts(x, dispatch, gate_up, down, num_frozen=num_frozen)
+        kernels.experts(x, dispatch, gate_up, down)

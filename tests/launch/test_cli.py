@@ -23,6 +23,7 @@ COMMAND = Path(sys.executable).with_name("polyclinic")
 def polyclinic(monkeypatch, capsys, tmp_path):
     """A function: run the command in tmp_path; give its status and what it said on stderr."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli.os, "_exit", sys.exit)
 
     def run(*arguments: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["polyclinic", *map(str, arguments)])

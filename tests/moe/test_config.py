@@ -86,6 +86,7 @@ NOISE = {"noise_documents": 5}
         refuse("model.num_heads", 32, "model.d_model=32", "multiple", "64", id="odd-head-size"),
         refuse("model.num_kv_heads", 3, "model.num_kv_heads=3", "model.num_heads=2", "divisor", id="key-heads"),
         refuse("model.top_k", 17, "model.top_k=17", "num_slots=16", id="more-experts-than-slots"),
+        refuse("model.top_k", 1, "model.top_k=1", "at least 2", id="no-room-for-anchor-and-owner"),
         refuse("run.name", "../elsewhere", "run.name", "'../elsewhere'", "letters", id="a-name-that-is-a-path"),
         refuse("run.name", "", "run.name", "''", "letters", id="an-empty-name"),
         refuse("anchor.learning_rate", float("nan"), "anchor.learning_rate", "nan", id="not-a-number"),
