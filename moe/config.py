@@ -167,8 +167,8 @@ class PackConfig(Section):
     train: TrainConfig
     replay_share: Share  # of the sequences that are public text
     z_loss_weight: NonNegativeFloat = 0.0  # rows are fitted: it would bend what they see, not them
-    fit_router_every: PositiveInt = 25  # steps
-    router_tokens: PositiveInt = 8192  # of the owner's and of public text each, from which router rows are fitted
+    fit_router_every: PositiveInt = 50  # steps
+    router_tokens: PositiveInt = 16384  # of the owner's and of public text each, from which router rows are fitted
 
 
 class CalibrationConfig(Section):
