@@ -2,10 +2,9 @@
 
     python -m benchmarks.non_interference runs/quickstart --owner billing
 
-RUN must be finished. A second whole run of its config, with the owner's text replaced by as many documents of random
-words, goes to RUN-noise beside it and takes as long as the first. Every tensor of both is hashed. Exit status 1 where
-one outside the pack differs, or one inside it does not. The counts are added to
-benchmarks/results/non_interference.jsonl.
+RUN must be finished. A second whole run of its config, with documents of random words for the owner's text, goes to
+RUN-noise beside it and takes as long as the first. Every tensor of both is hashed. Exit status 1 where one outside the
+pack differs, or one inside it does not. The counts are added to benchmarks/results/non_interference.jsonl.
 """
 
 import argparse
@@ -14,10 +13,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.records import record, results_of
 from moe.config_file import load
 from moe.hashing import tensor_hash
 from moe.hf import folder as model_folder
@@ -49,16 +48,7 @@ def main() -> int:
     )
     counts = compare(hashes(first), hashes(noise), options.owner)
     show(counts, options.owner)
-    record = {
-        "config_hash": json.loads(first.manifest.read_text())["config_hash"],
-        "commit": json.loads(first.manifest.read_text())["commit"],
-        "torch": torch.__version__,
-        "owner": options.owner,
-        **counts,
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    record(RESULTS, first, owner=options.owner, commit_of_noise=results_of(noise)["commit"], **counts)
     return 0 if counts["outside_changed"] == 0 and counts["pack_unchanged"] == 0 else 1
 
 

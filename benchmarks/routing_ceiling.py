@@ -5,11 +5,11 @@
 For each layer of a finished run's anchor: what the router sees of training text of every owner, pooled, trains a
 multinomial logistic regression; its accuracy on held-out text is the share of tokens whose best expert beside the
 anchor would be the right one. `fitted` is the purity of this run's rows and biases on the same hidden states, and
-`measured` is what results.json says of the merged model, whose experts change what the layers above see.
+`measured` is what results.json says of the merged model, whose experts change what the layers above see. The shares
+are added to benchmarks/results/routing_ceiling.jsonl.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.records import record, results_of
 from moe.config_file import load
 from moe.data.loader import whole_documents
 from moe.data.shards import PackedDocuments
@@ -26,6 +27,7 @@ from moe.hf.folder import ModelFolder
 from moe.run_folder import RunFolder
 from moe.specialty.pack import Pack
 
+RESULTS = Path(__file__).parent / "results/routing_ceiling.jsonl"
 TOKENS = 32768  # of each owner
 STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 800, 8192, 3e-3, 1e-4
 
@@ -49,12 +51,20 @@ def main() -> None:
         pooled.append(purity(held_out, weight_SD, bias_S))
         rows_SD = torch.stack([pack[f"layers.{n}.row"] for pack in packs])
         fitted.append(purity(held_out, rows_SD, torch.stack([pack[f"layers.{n}.bias"] for pack in packs])))
-    measured = json.loads(run.results.read_text())["routing"]["purity"]
+    measured = results_of(run)["routing"]["purity"]
+    shares = {
+        owner: {
+            "pooled": sum(layer[place] for layer in pooled) / len(layers),
+            "fitted": sum(layer[place] for layer in fitted) / len(layers),
+            "measured": measured[owner],
+        }
+        for place, owner in enumerate(owners)
+    }
     table = Table("text", "pooled ceiling", "fitted", "measured", title="purity of routing", title_justify="left")
-    for place, owner in enumerate(owners):
-        ceiling, ours = (sum(layer[place] for layer in of) / len(layers) for of in (pooled, fitted))
-        table.add_row(owner, f"{ceiling:.0%}", f"{ours:.0%}", f"{measured[owner]:.0%}")
+    for owner, of in shares.items():
+        table.add_row(owner, *(f"{share:.0%}" for share in of.values()))
     Console().print(table)
+    record(RESULTS, run, purity=shares)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe.hashing import value_hash
+from moe.manifest import value_hash
 
 Outputs = dict[str, Any]  # plain values
 

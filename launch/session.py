@@ -1,7 +1,9 @@
 """The Ray cluster of a run: the one whose address is given, or a local one that lives as long as the run."""
 
 import contextlib
+import importlib
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -48,6 +50,8 @@ def session(config: Config) -> Iterator[Capacity]:
     os.environ.update({**ENVIRONMENT, **(LOCAL_ENVIRONMENT if local else {})})
     import ray
 
+    # What the driver needs next takes seconds to import, and meanwhile the cluster starts.
+    threading.Thread(target=importlib.import_module, args=("launch.specialty_run",), daemon=True).start()
     largest = max(config.cluster.anchor_workers, config.cluster.owner_workers)
     if local:
         # Logical CPUs: on a small machine the owners still train side by side, sharing the cores.

@@ -22,7 +22,7 @@ from moe.config import PUBLIC, Config
 from moe.config_file import dump, load
 from moe.data import sources
 from moe.errors import InputError
-from moe.hashing import value_hash
+from moe.manifest import value_hash
 from moe.run_folder import RunFolder
 from moe.train import engine_settings
 

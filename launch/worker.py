@@ -1,11 +1,13 @@
-"""What runs in the cluster's processes: a rank of a training job, a domain's data, a domain's measurement."""
+"""What runs in the cluster's processes: a rank of a training job, a domain's data, a domain's measurement.
+
+Each imports what it needs when it runs: torch alone takes seconds, and preparing text needs none.
+"""
 
 import os
 from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 
 from launch.board import Reporter, wait_for_job
 from moe.config import PUBLIC
@@ -16,6 +18,7 @@ from moe.run_folder import RunFolder
 
 def train_rank(settings: dict[str, Any]) -> None:
     """One rank of a Ray Train job. Everything that needs no inputs is done before they exist."""
+    import torch
     from ray.train.torch import get_device
 
     from moe.specialty import stages
@@ -63,6 +66,8 @@ def merge_packs(run: RunFolder, owners: list[str]) -> dict[str, Any]:
 
 @ray.remote(num_cpus=1)
 def measure_domain(config: dict[str, Any], run: RunFolder, domain: str) -> dict[str, Any]:
+    import torch
+
     from moe.specialty import measure
 
     torch.set_num_threads(1)  # sums in one order, whatever the machine

@@ -1,8 +1,6 @@
-"""SHA-256 of tensors and of plain values: what H0, manifests and certificates are made of."""
+"""SHA-256 of tensors: what H0, packs and certificates are made of."""
 
 import hashlib
-import json
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +16,3 @@ def tensor_hash(tensor: Tensor) -> str:
 
 def tensor_hashes(tensors: dict[str, Tensor]) -> dict[str, str]:
     return {name: tensor_hash(tensors[name]) for name in sorted(tensors)}
-
-
-def value_hash(value: Any) -> str:
-    """Of plain values (what JSON can say), independent of the order of keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

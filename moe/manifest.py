@@ -1,10 +1,14 @@
 """Manifests: plain values in a JSON file that carries their hash, so that a changed line is noticed."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-from moe.hashing import value_hash
+
+def value_hash(value: Any) -> str:
+    """SHA-256 of plain values (what JSON can say), independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def write(path: Path, values: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from moe.config import PUBLIC, Config
 from moe.data import sources, tokenizer
-from moe.hashing import value_hash
+from moe.manifest import value_hash
 from moe.run_folder import RunFolder
 
 

@@ -23,7 +23,8 @@ from moe.config import ANCHOR_SLOT, ModelConfig
 from moe.data.tokenizer import BOS, EOS, PAD, identity
 from moe.data.tokenizer import load as load_tokenizer
 from moe.errors import InputError
-from moe.hashing import tensor_hashes, value_hash
+from moe.hashing import tensor_hashes
+from moe.manifest import value_hash
 from moe.model import Decoder
 
 MODEL_TYPE = "polyclinic"

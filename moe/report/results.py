@@ -9,7 +9,7 @@ import statistics
 from typing import Any
 
 from moe.config import PUBLIC, Config
-from moe.hashing import value_hash
+from moe.manifest import value_hash
 from moe.run_folder import RunFolder
 from moe.train.telemetry import read
 

@@ -12,9 +12,9 @@ from moe.data import tokenizer
 from moe.data.loader import Batch, Loader, Source, whole_documents
 from moe.data.shards import PackedDocuments
 from moe.eval.bits import TOKENS_PER_BATCH, bits_per_byte
-from moe.hashing import value_hash
 from moe.hf import folder as model_folder
 from moe.hf.folder import ModelFolder
+from moe.manifest import value_hash
 from moe.model import Decoder
 from moe.run_folder import RunFolder
 from moe.specialty.pack import Pack, open_slot

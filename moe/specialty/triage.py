@@ -31,7 +31,7 @@ from moe.model.experts import Experts
 from moe.model.layer import Layer
 
 OWN_SHARE = 0.25  # m: an owner's covariance is narrow, the public one common to all
-NUISANCE = 10.0  # n
+NUISANCE = 3.0  # n
 RIDGE = 1e-3  # of the mean variance, so that directions nobody uses carry no evidence
 
 

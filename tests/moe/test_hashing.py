@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from moe.hashing import tensor_hash, tensor_hashes, value_hash
+from moe.hashing import tensor_hash, tensor_hashes
+from moe.manifest import value_hash
 
 
 @pytest.mark.parametrize(
