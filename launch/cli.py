@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from launch.graph import StageFailed, Stopped
+from launch.graph import RunFailed, Stopped
 from moe.errors import InputError
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
@@ -87,7 +87,7 @@ def optout(
         markup=False,
     )
     if left or not unchanged:
-        raise StageFailed(f"{out} is not what opting out promises; see its certificate.json")
+        raise RunFailed(f"{out} is not what opting out promises; see its certificate.json")
 
 
 def main() -> None:
@@ -104,7 +104,7 @@ def main() -> None:
         _say("stopped at once; the same command with --resume goes on from the last checkpoints")
         sys.stdout.flush()
         os._exit(STOPPED)  # threads may still wait for workers that are gone
-    except StageFailed as error:
+    except RunFailed as error:
         _say(str(error))
         raise SystemExit(FAILED) from None
 

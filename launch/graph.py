@@ -25,8 +25,8 @@ class Stopped(Exception):
     """A stage ended at a checkpoint because the user asked for it."""
 
 
-class StageFailed(RuntimeError):
-    """A stage failed; the message names it, says why, and where the whole story lies."""
+class RunFailed(RuntimeError):
+    """What was asked for could not be done; the message says why and, of a stage, where the whole story lies."""
 
 
 class Skipped(Exception):

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from launch.graph import RunFailed
 from moe.config import Config
 from moe.errors import InputError
 
@@ -45,7 +46,8 @@ class Capacity:
 def session(config: Config) -> Iterator[Capacity]:
     """Connect, or start a local cluster; on the way out disconnect, or stop it.
 
-    Raises InputError for an address nobody answers at and for a cluster too small for one job."""
+    Raises InputError for an address nobody answers at and for a cluster too small for one job, RunFailed where a
+    local one does not start."""
     local = config.cluster.address is None
     os.environ.update({**ENVIRONMENT, **(LOCAL_ENVIRONMENT if local else {})})
     import ray
@@ -56,13 +58,17 @@ def session(config: Config) -> Iterator[Capacity]:
     if local:
         # Logical CPUs: on a small machine the owners still train side by side, sharing the cores.
         side_by_side = len(config.owners) * config.cluster.owner_workers
-        ray.init(
-            address="local",  # or Ray would take any cluster that runs on this machine
-            num_cpus=max(os.cpu_count() or 1, largest, side_by_side),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="error",
-        )
+        try:
+            ray.init(
+                address="local",  # or Ray would take any cluster that runs on this machine
+                num_cpus=max(os.cpu_count() or 1, largest, side_by_side),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="error",
+            )
+        except Exception as error:  # Ray has no type of its own for "not within 30 seconds"
+            reason = str(error).strip().splitlines()[0]
+            raise RunFailed(f"no local Ray cluster could be started; is the machine overloaded? {reason}") from error
     else:
         try:
             ray.init(

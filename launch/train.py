@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from rich.console import Console
 
 from launch.display import Display
-from launch.graph import Graph, Skipped, StageFailed, Stopped
+from launch.graph import Graph, RunFailed, Skipped, Stopped
 from launch.session import Capacity, session
 from moe.config import PUBLIC, Config
 from moe.config_file import dump, load
@@ -32,7 +32,7 @@ VERSIONS = ("torch", "deepspeed", "ray", "transformers", "tokenizers", "safetens
 
 def train(path: Path, overrides: Sequence[str], resume: bool, console: Console) -> RunFolder:
     """Run what the config describes. Raises InputError for what is wrong with the input, Stopped where the user
-    asked to stop, StageFailed where a stage failed."""
+    asked to stop, RunFailed where a stage failed."""
     config = load(path, overrides)
     run = RunFolder(config.run.path)
     engine_settings.check(config)
@@ -155,7 +155,7 @@ def _raise_first(graph: Graph, run: RunFolder) -> None:
             story.parent.mkdir(parents=True, exist_ok=True)
             story.write_text("".join(traceback.format_exception(graph.progress.errors[stage])))
             first_line = next(iter(str(error).strip().splitlines()), "")
-            raise StageFailed(f"stage {stage} failed: {type(error).__name__}: {first_line} (see {story})")
+            raise RunFailed(f"stage {stage} failed: {type(error).__name__}: {first_line} (see {story})")
     for error in errors.values():
         raise error
 

@@ -10,7 +10,7 @@ import yaml
 
 from launch import cli
 from launch import train as launch_train
-from launch.graph import Progress, Skipped, StageFailed, Stopped
+from launch.graph import Progress, RunFailed, Skipped, Stopped
 from launch.session import Capacity
 from moe.config_file import load
 from moe.data.demonstration import packages
@@ -115,7 +115,7 @@ def test_there_must_be_something_to_resume(polyclinic, no_cluster, config_file, 
     "ends_with, status, part",
     [
         pytest.param(InputError("x=3: want 4"), 2, "wrong input: x=3: want 4", id="wrong-input"),
-        pytest.param(StageFailed("stage anchor failed: boom"), 1, "stage anchor failed: boom", id="failure"),
+        pytest.param(RunFailed("stage anchor failed: boom"), 1, "stage anchor failed: boom", id="failure"),
         pytest.param(Stopped(), 130, "--resume goes on", id="stopped-at-a-checkpoint"),
         pytest.param(KeyboardInterrupt(), 130, "stopped at once", id="stopped-at-once"),
     ],
@@ -234,7 +234,7 @@ def test_the_users_input_comes_before_our_failure_before_a_stop(run_folder):
     stop, failure, wrong = Stopped(), RuntimeError("boom"), InputError("shard x is damaged")
     with pytest.raises(InputError, match="shard x is damaged"):
         launch_train._raise_first(Graph(a=stop, b=failure, c=Wrapped(wrong), d=Skipped()), run_folder)
-    with pytest.raises(StageFailed, match=r"stage b failed: RuntimeError: boom \(see .*stages/b/error\.txt\)"):
+    with pytest.raises(RunFailed, match=r"stage b failed: RuntimeError: boom \(see .*stages/b/error\.txt\)"):
         launch_train._raise_first(Graph(a=stop, b=failure, d=Skipped()), run_folder)
     with pytest.raises(Stopped):
         launch_train._raise_first(Graph(a=stop, d=Skipped()), run_folder)
@@ -243,6 +243,6 @@ def test_the_users_input_comes_before_our_failure_before_a_stop(run_folder):
 
 def test_a_failure_names_what_happened_in_the_worker(run_folder):
     error = OfAJob({1: RuntimeError("another rank fell over it"), 0: Wrapped(ValueError("the loss\nis nan"))})
-    with pytest.raises(StageFailed, match=r"stage anchor failed: ValueError: the loss \(see"):
+    with pytest.raises(RunFailed, match=r"stage anchor failed: ValueError: the loss \(see"):
         launch_train._raise_first(Graph(anchor=error), run_folder)
     assert "OfAJob: TrainingFailedError" in (run_folder.stage("anchor") / "error.txt").read_text()
