@@ -58,7 +58,7 @@ class Display:
         table = Table(title=f"{self._title}   {_clock(time.time() - self._started)}", title_justify="left")
         table.add_column("stage")
         table.add_column("state")
-        for name in ("step", "loss", "held-out bpb", "tokens/s", "time left"):
+        for name in ("step", "loss", "held-out bpb", "tokens/s", "time"):
             table.add_column(name, justify="right")
         for stage, state in progress.state.items():
             row, seconds = rows.get(stage), progress.seconds.get(stage)
@@ -81,7 +81,7 @@ class Display:
                 left = self._left(stage, row)
                 parts.append(
                     f"{stage} {row['step']}/{self._steps[stage]} loss {row['loss']:.3f} "
-                    f"{row['tokens_per_s']:,.0f} tokens/s{f', {left} left' if left else ''}"
+                    f"{row['tokens_per_s']:,.0f} tokens/s{left and f', {left}'}"
                 )
             elif state in ("running", "failed", "stopped"):
                 parts.append(f"{stage} {state}")
@@ -93,7 +93,7 @@ class Display:
         since, first = self._first_seen[stage]
         if row["step"] <= first:
             return ""
-        return _clock((time.time() - since) / (row["step"] - first) * (self._steps[stage] - row["step"]))
+        return _clock((time.time() - since) / (row["step"] - first) * (self._steps[stage] - row["step"])) + " left"
 
 
 def _clock(seconds: float) -> str:
