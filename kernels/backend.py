@@ -1,5 +1,6 @@
-"""Which implementation of the ops runs: one switch, decided once per kind of device.
+"""Which implementation of the ops runs: one switch, decided once per kind of device and dtype.
 
+    triton      our kernels (kernels/triton_backend). GPUs; under TRITON_INTERPRET=1 CPU tensors, slowly, for tests.
     torch       fast PyTorch: sorted rows, one product per expert. CPUs; runs on a GPU too.
     reference   the plain equations of kernels/reference.py: the oracle, slow.
 
@@ -11,22 +12,43 @@ import functools
 import logging
 import os
 
-BACKENDS = ("torch", "reference")
+import torch
+from torch import Tensor
+
+BACKENDS = ("triton", "torch", "reference")
 VARIABLE = "POLYCLINIC_BACKEND"
 
 log = logging.getLogger(__name__)
 
 
-def choose(device_type: str) -> str:
-    """The backend for tensors on `device_type` ("cpu", "cuda"): one of BACKENDS."""
-    return _choose(device_type, os.environ.get(VARIABLE, ""))
+def choose(x: Tensor) -> str:
+    """The backend for an op whose first input is x: one of BACKENDS."""
+    return _choose(x.device.type, x.dtype, os.environ.get(VARIABLE, ""))
 
 
 @functools.cache
-def _choose(device_type: str, forced: str) -> str:
-    # Cached, so that each (device, forced name) is decided and logged once.
+def _choose(device_type: str, dtype: torch.dtype, forced: str) -> str:
+    # Cached, so that each combination is decided and logged once.
     if forced and forced not in BACKENDS:
         raise ValueError(f"{VARIABLE}={forced}: want one of {', '.join(BACKENDS)}")
-    name, reason = (forced, f"{VARIABLE} forces it") if forced else ("torch", "the fastest that exists here")
-    log.info("kernels on %s: backend %s, because %s", device_type, name, reason)
+    if forced:
+        name, reason = forced, f"{VARIABLE} forces it"
+    elif device_type != "cuda":
+        name, reason = "torch", "the fastest that exists there"
+    elif dtype == torch.float64:
+        name, reason = "torch", "the Triton kernels sum in float32"
+    else:
+        name, reason = "triton", "the fastest that exists there"
+    if name == "triton":
+        if dtype == torch.float64:
+            raise ValueError(f"{VARIABLE}=triton: the Triton kernels take float16, bfloat16 and float32, not float64")
+        if device_type != "cuda" and not _interpreted():
+            raise ValueError(f"{VARIABLE}=triton: on a {device_type} Triton's kernels run through its interpreter "
+                             "only; want TRITON_INTERPRET=1 set before the process starts")
+    log.info("kernels on %s in %s: backend %s, because %s", device_type, str(dtype).removeprefix("torch."), name, reason)
     return name
+
+
+def _interpreted() -> bool:
+    from kernels.triton_backend.launch import INTERPRETED
+    return INTERPRETED

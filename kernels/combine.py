@@ -32,7 +32,7 @@ def combine(y_ND: Tensor, weight_TK: Tensor, row_TK: Tensor) -> Tensor:
     checks.dtype("weight", weight_TK, torch.float32, torch.float64)
     checks.dtype("row", row_TK, torch.int32)
     checks.same_device(y=y_ND, weight=weight_TK, row=row_TK)
-    if backend.choose(y_ND.device.type) == "reference":
+    if backend.choose(y_ND) == "reference":
         return reference.combine(y_ND, weight_TK, row_TK)
     return _Combine.apply(y_ND, weight_TK, row_TK)
 

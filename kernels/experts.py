@@ -35,7 +35,7 @@ BLOCK = 2**18  # elements of h activated at a time; best of 2**15 to 2**20, AMD 
 def experts(x_TD: Tensor, dispatch: Dispatch | None, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor) -> Tensor:
     """Return y_ND; see the module docstring for the contract."""
     _check(x_TD, dispatch, w_gate_up_E2FD, w_down_EDF)
-    if backend.choose(x_TD.device.type) == "reference":
+    if backend.choose(x_TD) == "reference":
         return reference.experts(x_TD, dispatch, w_gate_up_E2FD, w_down_EDF)
     offset, token_N, row_TK = (None, None, None) if dispatch is None else dispatch
     inputs = (x_TD.contiguous(), w_gate_up_E2FD, w_down_EDF)

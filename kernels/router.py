@@ -41,7 +41,7 @@ def route(x_TD: Tensor, table_SD: Tensor, bias_S: Tensor, present_S: Tensor, top
     checks.same_device(x=x_TD, table=table_SD, bias=bias_S, present=present_S)
     if not 1 <= top_k <= S:
         raise ValueError(f"top_k is {top_k}: want 1 to {S}, the number of slots")
-    if backend.choose(x_TD.device.type) == "reference":
+    if backend.choose(x_TD) == "reference":
         return reference.route(x_TD, table_SD, bias_S, present_S, top_k)
     return Route(*_Route.apply(x_TD, table_SD, bias_S, present_S, top_k))
 

@@ -1,0 +1,31 @@
+"""What a launch needs to know of the device it runs on."""
+
+import functools
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETED = triton.knobs.runtime.interpret  # how the kernels of this process were made: for a device, or to be read
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """"sm_90", "gfx942"; "interpreter" for CPU tensors."""
+    if device.type != "cuda":
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@functools.cache
+def num_processors(device: torch.device) -> int:
+    """Streaming multiprocessors. The interpreter runs programs one after another: few, so that each walks several tiles."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def exact(x: Tensor) -> bool:
+    """Whether products must upcast their operands: Triton's interpreter multiplies bfloat16 wrongly."""
+    return INTERPRETED and x.dtype == torch.bfloat16
