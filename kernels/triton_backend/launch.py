@@ -22,7 +22,7 @@ def architecture(device: torch.device) -> str:
 
 @functools.cache
 def num_processors(device: torch.device) -> int:
-    """Streaming multiprocessors. The interpreter runs programs one after another: few, so that each walks several tiles."""
+    """Streaming multiprocessors; few under the interpreter, so that each program walks several tiles."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
