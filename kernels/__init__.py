@@ -18,16 +18,18 @@ from kernels.documents import documents
 from kernels.experts import experts
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.norm import rms_norm
-from kernels.reference import IGNORED, Dispatch, Documents, Route
+from kernels.reference import IGNORED, Dispatch, Documents, Gate, Route
 from kernels.rope import rope, rope_table
-from kernels.router import route, z_loss
+from kernels.router import balance_loss, route
 
 __all__ = [
     "IGNORED",
     "Dispatch",
     "Documents",
+    "Gate",
     "Route",
     "attention",
+    "balance_loss",
     "combine",
     "dispatch",
     "documents",
@@ -37,5 +39,4 @@ __all__ = [
     "rope",
     "rope_table",
     "route",
-    "z_loss",
 ]

@@ -4,7 +4,8 @@
     torch       fast PyTorch: sorted rows, one product per expert. CPUs; runs on a GPU too.
     reference   the plain equations of kernels/reference.py: the oracle, slow.
 
-POLYCLINIC_BACKEND forces one for the whole process. The choice is logged once with its reason.
+POLYCLINIC_BACKEND forces one for the whole process. The choice is logged once with its reason. POLYCLINIC_DEBUG=1 has
+the ops check on a GPU, too, what they can only check by waiting for it.
 There is no silent fallback: a name that does not exist, or cannot run on the device, is a ValueError.
 """
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("triton", "torch", "reference")
-VARIABLE = "POLYCLINIC_BACKEND"
+VARIABLE, DEBUG = "POLYCLINIC_BACKEND", "POLYCLINIC_DEBUG"
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +46,19 @@ def _choose(device_type: str, dtype: torch.dtype, forced: str) -> str:
         if device_type != "cuda" and not _interpreted():
             raise ValueError(f"{VARIABLE}=triton: on a {device_type} Triton's kernels run through its interpreter "
                              "only; want TRITON_INTERPRET=1 set before the process starts")
-    log.info("kernels on %s in %s: backend %s, because %s", device_type, str(dtype).removeprefix("torch."), name, reason)
+    short = str(dtype).removeprefix("torch.")
+    log.info("kernels on %s in %s: backend %s, because %s", device_type, short, name, reason)
     return name
+
+
+def force(name: str) -> None:
+    """Have this process use this backend from now on; "auto" leaves the choice to the environment and the device."""
+    if name != "auto":
+        os.environ[VARIABLE] = name
+
+
+def debugging() -> bool:
+    return os.environ.get(DEBUG, "") == "1"
 
 
 def _interpreted() -> bool:

@@ -1,6 +1,8 @@
-"""Combine: give every token the weighted sum of its experts' outputs.
+"""Combine: give every token the weighted sum of its rows, wherever they were computed.
 
     out_TD[t] = sum_k weight_TK[t, k] * y_ND[row_TK[t, k]]
+
+kernels.experts does this itself; combine stands alone for rows that come from elsewhere.
 
 Shapes  y [N, D], weight and row [T, K], N = T * K.
 Dtypes  y floating; weight float32 (or float64); row int32. Sums in float32, in the order of k, which
@@ -41,12 +43,24 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y_ND, weight_TK, row_TK):
         ctx.save_for_backward(y_ND, weight_TK, row_TK)
-        return gather_sum(y_ND, weight_TK, row_TK)
+        if backend.choose(y_ND) == "triton":
+            from kernels.triton_backend import combine as implementation
+            return implementation.forward(y_ND.contiguous(), weight_TK.contiguous(), row_TK.contiguous())
+        acc_TD = None
+        for k in range(row_TK.shape[1]):
+            y_TD = y_ND.index_select(0, row_TK[:, k]) * weight_TK[:, k, None]  # float32, as the weight is
+            acc_TD = y_TD if acc_TD is None else acc_TD.add_(y_TD)
+        return acc_TD.to(y_ND.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout_TD):
         y_ND, weight_TK, row_TK = ctx.saved_tensors
+        if backend.choose(y_ND) == "triton":
+            from kernels.triton_backend import combine as implementation
+            dy_ND, dweight_TK = implementation.backward(
+                dout_TD.contiguous(), y_ND.contiguous(), weight_TK.contiguous(), row_TK.contiguous())
+            return dy_ND, dweight_TK, None  # y, weight, row
         dout = dout_TD.to(weight_TK.dtype)
         dy_ND = torch.empty_like(y_ND) if ctx.needs_input_grad[0] else None
         dweight_TK = torch.empty_like(weight_TK) if ctx.needs_input_grad[1] else None
@@ -57,15 +71,3 @@ class _Combine(torch.autograd.Function):
             if dweight_TK is not None:
                 dweight_TK[:, k] = (dout * y_ND.index_select(0, row_T)).sum(dim=1)
         return dy_ND, dweight_TK, None  # y, weight, row
-
-
-def gather_sum(y_ND: Tensor, weight_TK: Tensor | None, row_TK: Tensor) -> Tensor:
-    """The sum above; weight None means ones (the experts' backward adds up rows with it)."""
-    dtype = reference.at_least_float32(y_ND)
-    acc_TD = None
-    for k in range(row_TK.shape[1]):
-        y_TD = y_ND.index_select(0, row_TK[:, k]).to(dtype)
-        if weight_TK is not None:
-            y_TD = y_TD * weight_TK[:, k, None]
-        acc_TD = y_TD if acc_TD is None else acc_TD.add_(y_TD)
-    return acc_TD.to(y_ND.dtype)

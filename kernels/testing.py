@@ -51,13 +51,14 @@ def expert_choice(T: int, K: int, E: int, load: str = "even", seed: int = 0) -> 
     """expert_TK int32, ascending in a row, no expert twice.
 
     load: "even"; "zipf" (expert e as often as 1 / (e + 1) ** 1.2); "hot" (the last expert has every token);
-    "holes" (only the odd experts are used, so K <= E // 2).
+    "holes" (only the odd experts are used, so K <= E // 2); "empty" (every fifth expert, from the fifth on, is not).
     """
     share = {
         "even": torch.ones(E),
         "zipf": 1 / torch.arange(1, E + 1) ** 1.2,
         "hot": torch.where(torch.arange(E) == E - 1, 1e9, 1.0),
         "holes": (torch.arange(E) % 2).float(),
+        "empty": (torch.arange(E) % 5 != 4).float(),
     }[load]
     generator = torch.Generator().manual_seed(seed)
     # The K largest of exponential races: draws without replacement in proportion to the shares.
@@ -66,12 +67,13 @@ def expert_choice(T: int, K: int, E: int, load: str = "even", seed: int = 0) -> 
 
 
 def experts_inputs(T: int, K: int, D: int, F: int, E: int, dtype: torch.dtype, device: str,
-                   load: str = "even") -> tuple[Tensor, Dispatch, Tensor, Tensor]:
-    """x_TD, dispatch, w_gate_up_E2FD, w_down_EDF."""
+                   load: str = "even") -> tuple[Tensor, Tensor, Tensor, Dispatch, Tensor]:
+    """x_TD, w_gate_up_E2FD, w_down_EDF, dispatch, weight_TK: the arguments of kernels.experts, in order."""
     x_TD = normal(T, D, dtype=dtype, device=device, seed=0)
     w_gate_up = normal(E, 2 * F, D, dtype=dtype, device=device, seed=1, scale=D**-0.5)
     w_down = normal(E, D, F, dtype=dtype, device=device, seed=2, scale=F**-0.5)
-    return x_TD, kernels.dispatch(expert_choice(T, K, E, load).to(device), E), w_gate_up, w_down
+    weight_TK = normal(T, K, dtype=torch.float32, device=device, seed=3)
+    return x_TD, w_gate_up, w_down, kernels.dispatch(expert_choice(T, K, E, load).to(device), E), weight_TK
 
 
 def combine_inputs(T: int, K: int, D: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:

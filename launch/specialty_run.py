@@ -41,8 +41,8 @@ class SpecialtyRun:
 
     def stages(self) -> list[Stage]:
         config, run, owners = self.config, self.run, list(self.config.owners)
-        seed = config.run.seed
-        common = {"seed": seed, "precision": config.run.precision, "deepspeed": config.deepspeed}
+        seed, backend = config.run.seed, config.run.backend
+        common = {"seed": seed, "precision": config.run.precision, "backend": backend, "deepspeed": config.deepspeed}
         stages = [
             Stage(
                 f"data-{PUBLIC}",
@@ -93,7 +93,7 @@ class SpecialtyRun:
         stages += [
             Stage(
                 f"measure-{domain}",
-                settings=config.evaluation.model_dump(mode="json"),
+                settings=[config.evaluation.model_dump(mode="json"), backend],
                 run=lambda _, domain=domain: self._task(measure_domain, domain),
                 needs=("merge", f"data-{domain}"),
             )

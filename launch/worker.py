@@ -21,6 +21,7 @@ def train_rank(settings: dict[str, Any]) -> None:
     import torch
     from ray.train.torch import get_device
 
+    from kernels import backend
     from moe.specialty import stages
     from moe.train.engine import connect
 
@@ -31,6 +32,7 @@ def train_rank(settings: dict[str, Any]) -> None:
     if (job := wait_for_job(board, stage)) is None:
         return
     config, run, report = check(job["config"]), RunFolder(Path(job["run"])), Reporter(board, stage)
+    backend.force(config.run.backend)
     try:
         if stage == "anchor":
             finished = stages.train_anchor(config, run, job["identity"], get_device(), report)
@@ -68,7 +70,10 @@ def merge_packs(run: RunFolder, owners: list[str]) -> dict[str, Any]:
 def measure_domain(config: dict[str, Any], run: RunFolder, domain: str) -> dict[str, Any]:
     import torch
 
+    from kernels import backend
     from moe.specialty import measure
 
     torch.set_num_threads(1)  # sums in one order, whatever the machine
-    return measure.measure_domain(check(config), run, domain)
+    checked = check(config)
+    backend.force(checked.run.backend)
+    return measure.measure_domain(checked, run, domain)

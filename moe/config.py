@@ -37,6 +37,7 @@ class RunSection(Section):
     folder: FilePath = Path("runs")
     seed: NonNegativeInt
     precision: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 where the hardware has it
+    backend: Literal["auto", "triton", "torch", "reference"] = "auto"  # of the kernels; auto: the device's fastest
 
     @model_validator(mode="after")
     def _name_is_a_folder(self) -> Self:

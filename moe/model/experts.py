@@ -20,13 +20,13 @@ class Experts(nn.Module):
     def __len__(self) -> int:
         return self.w_gate_up.shape[0]
 
-    def forward(self, x_TD: Tensor, dispatch: Dispatch) -> Tensor:
-        """One row for each routed row of `dispatch`, in its order."""
-        return kernels.experts(x_TD, dispatch, self.w_gate_up, self.w_down)
+    def forward(self, x_TD: Tensor, dispatch: Dispatch, weight_TK: Tensor) -> Tensor:
+        """Every token through the experts it is dispatched to, summed with these weights."""
+        return kernels.experts(x_TD, self.w_gate_up, self.w_down, dispatch, weight_TK)
 
     def alone(self, x_TD: Tensor) -> Tensor:
         """Every token through the one expert there is."""
-        return kernels.experts(x_TD, None, self.w_gate_up, self.w_down)
+        return kernels.experts(x_TD, self.w_gate_up, self.w_down)
 
 
 class DenseFFN(nn.Module):

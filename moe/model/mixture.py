@@ -1,4 +1,4 @@
-"""The mixture: the router chooses, each chosen expert computes its tokens, the winners are summed in slot order."""
+"""The mixture: the router chooses, each chosen expert computes its tokens, their outputs are summed in slot order."""
 
 from collections.abc import Iterable
 
@@ -20,5 +20,4 @@ class MixtureFFN(nn.Module):
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Route]:
         route = self.router(x_TD)
         dispatch = kernels.dispatch(self.router.expert_S[route.slot_TK], len(self.experts))
-        y_ND = self.experts(x_TD, dispatch)
-        return kernels.combine(y_ND, route.weight_TK, dispatch.row_TK), route
+        return self.experts(x_TD, dispatch, route.weight_TK), route

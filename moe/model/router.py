@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from kernels import Route
+from kernels import Gate, Route
 
 
 class Router(nn.Module):
@@ -38,4 +38,5 @@ class Router(nn.Module):
         self.present_S[present] = True
 
     def forward(self, x_TD: Tensor) -> Route:
-        return kernels.route(x_TD, self.table, self.bias, self.present_S, min(self.top_k, self.num_present))
+        gate = Gate(min(self.top_k, self.num_present))
+        return kernels.route(x_TD, self.table, self.bias, self.present_S, gate)

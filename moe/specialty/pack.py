@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import kernels
-from kernels import Route
+from kernels import Gate, Route
 from moe import manifest as manifests
 from moe.config import ANCHOR_SLOT
 from moe.errors import InputError
@@ -53,7 +53,7 @@ class PackFFN(nn.Module):
         around = (self.slot, self.num_slots - self.slot - 1)
         table_SD = nn.functional.pad(self.row[None], (0, 0, *around))
         bias_S = nn.functional.pad(self.bias, around)
-        route = kernels.route(x_TD, table_SD, bias_S, self.present_S, 2)
+        route = kernels.route(x_TD, table_SD, bias_S, self.present_S, Gate(2))
         # Every token uses both: the anchor's rows, then the owner's.
         y_ND = torch.cat([self.anchor.alone(x_TD), self.own.alone(x_TD)])
         T = x_TD.shape[0]

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import kernels
 from moe.data.loader import IGNORED, Batch
 from moe.model import Decoder, Output
 
@@ -30,6 +29,6 @@ def next_token(model: Decoder, output: Output, batch: Batch, z_loss_weight: floa
     nll_sum = model.nll(output.hidden_TD, batch.label_T).sum()
     z_loss = nll_sum.new_zeros(())
     if output.routes:
-        z_loss = torch.stack([kernels.z_loss(route.logits_TS) for route in output.routes]).mean()
+        z_loss = torch.stack([route.z_loss for route in output.routes]).mean()
     total = nll_sum / batch.label_T.numel() + z_loss_weight * z_loss
     return LossParts(total, nll_sum.detach(), (batch.label_T != IGNORED).sum(), z_loss.detach())

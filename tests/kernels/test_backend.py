@@ -71,3 +71,11 @@ def test_ops_follow_the_switch(monkeypatch):
     slow = kernels.linear_cross_entropy(*inputs)
     assert torch.equal(slow, reference.linear_cross_entropy(*inputs))
     assert not torch.equal(fast, slow)
+
+
+def test_a_config_forces_one_for_the_process(monkeypatch):
+    monkeypatch.setenv(backend.VARIABLE, "reference")
+    backend.force("auto")
+    assert backend.choose(CPU) == "reference"
+    backend.force("torch")
+    assert backend.choose(CPU) == "torch"

@@ -5,10 +5,7 @@ import kernels
 from kernels import reference
 from kernels.testing import assert_as_exact_as, combine_inputs, outputs_and_gradients
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
-
-@DTYPES
 @pytest.mark.parametrize("T, K, D", [
     pytest.param(1, 1, 8, id="smallest"),
     pytest.param(5, 3, 33, id="odd-width"),
@@ -22,14 +19,14 @@ def test_matches_reference(T, K, D, dtype, device):
                        "out dy dweight", terms=max(K, D))
 
 
-def test_by_hand(device):
+def test_by_hand(implementation, device):
     y_ND = torch.tensor([[1.0], [10.0]], device=device)
     weight_TK = torch.tensor([[0.25, 0.5]], device=device)
     row_TK = torch.tensor([[1, 0]], dtype=torch.int32, device=device)
     assert kernels.combine(y_ND, weight_TK, row_TK).tolist() == [[3.0]]  # 0.25*10 + 0.5*1
 
 
-def test_sums_in_slot_order(device):
+def test_sums_in_slot_order(implementation, device):
     """1e8 - 1e8 + 1 is 1 from the left and 0 from the right in float32."""
     y_ND = torch.tensor([[1.0], [-1e8], [1e8]], device=device)
     ones_TK = torch.ones(1, 3, device=device)
@@ -38,7 +35,7 @@ def test_sums_in_slot_order(device):
         assert kernels.combine(y_ND, ones_TK, row_TK).item() == want
 
 
-def test_expanded_upstream(device):
+def test_expanded_upstream(implementation, device):
     y_ND, weight_TK, row_TK = combine_inputs(4, 2, 8, torch.float32, device)
     kernels.combine(y_ND, weight_TK, row_TK).sum().backward()
     torch.testing.assert_close(y_ND.grad[row_TK.long()], weight_TK[..., None].expand(4, 2, 8))
@@ -46,7 +43,7 @@ def test_expanded_upstream(device):
 
 
 @pytest.mark.parametrize("frozen", ["y", "weight"])
-def test_skips_what_needs_no_gradient(frozen, device):
+def test_skips_what_needs_no_gradient(frozen, implementation, device):
     y_ND, weight_TK, row_TK = combine_inputs(4, 2, 8, torch.float32, device)
     both = torch.autograd.grad(kernels.combine(y_ND, weight_TK, row_TK).square().sum(), (y_ND, weight_TK))
     still, trained, want = (y_ND, weight_TK, both[1]) if frozen == "y" else (weight_TK, y_ND, both[0])
@@ -61,7 +58,6 @@ def test_gradcheck_in_float64(device):
     assert torch.autograd.gradcheck(lambda y, weight: kernels.combine(y, weight, row_TK), inputs)
 
 
-@DTYPES
 def test_repeats_bit_for_bit(dtype, device):
     inputs = combine_inputs(50, 3, 65, dtype, device)
     first = outputs_and_gradients(kernels.combine, inputs)

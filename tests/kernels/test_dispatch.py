@@ -5,7 +5,7 @@ import kernels
 from kernels.testing import expert_choice
 
 
-def test_by_hand(device):
+def test_by_hand(implementation, device):
     """The example of the module's docstring."""
     got = kernels.dispatch(torch.tensor([[0, 2], [0, 1]], device=device), 3)
     assert got.offset.tolist() == [0, 2, 3, 4]
@@ -13,7 +13,7 @@ def test_by_hand(device):
     assert got.row_TK.tolist() == [[0, 3], [1, 2]]
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("integer", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("T, K, E, load", [
     pytest.param(0, 2, 3, "even", id="no-tokens"),
     pytest.param(1, 1, 1, "even", id="smallest"),
@@ -22,9 +22,10 @@ def test_by_hand(device):
     pytest.param(50, 1, 7, "hot", id="one-hot-expert"),
     pytest.param(64, 2, 8, "holes", id="every-other-expert-empty"),
     pytest.param(200, 4, 64, "zipf", id="skew"),
+    pytest.param(700, 2, 1000, "even", id="more-experts-than-rows-of-a-block"),
 ])
-def test_tables_agree(T, K, E, load, dtype, device):
-    expert_TK = expert_choice(T, K, E, load).to(device, dtype)
+def test_tables_agree(T, K, E, load, integer, implementation, device):
+    expert_TK = expert_choice(T, K, E, load).to(device, integer)
     offset, token_N, row_TK = kernels.dispatch(expert_TK, E)
     assert {offset.dtype, token_N.dtype, row_TK.dtype} == {torch.int32}
     counts = [(expert_TK == e).sum().item() for e in range(E)]

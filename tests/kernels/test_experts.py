@@ -1,4 +1,6 @@
-import importlib
+"""One contract, held by every backend: torch, and Triton's kernels (in its interpreter where there is no GPU)."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -9,154 +11,184 @@ from kernels.testing import (
     assert_as_exact_as,
     expert_choice,
     experts_inputs,
+    normal,
     outputs_and_gradients,
     route_inputs,
     strided_like,
 )
+from kernels.torch_backend import experts as in_torch
 
-MODULE = importlib.import_module("kernels.experts")
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-
-
-@DTYPES
-@pytest.mark.parametrize("T, K, D, F, E, load", [
+NAMES = "out dx dw_gate_up dw_down dweight"
+SHAPES = pytest.mark.parametrize("T, K, D, F, E, load", [
     pytest.param(1, 1, 8, 8, 1, "even", id="smallest"),
     pytest.param(5, 2, 33, 47, 7, "even", id="odd-widths-and-empty-experts"),
     pytest.param(16, 4, 16, 24, 4, "even", id="every-expert-for-every-token"),
     pytest.param(40, 1, 16, 24, 5, "hot", id="one-hot-expert"),
     pytest.param(64, 2, 24, 16, 8, "holes", id="every-other-expert-empty"),
     pytest.param(150, 3, 64, 96, 12, "zipf", id="skew"),
+    pytest.param(63, 1, 16, 24, 1, "even", id="one-row-less-than-a-tile"),
+    pytest.param(64, 1, 16, 24, 1, "even", id="exactly-a-tile"),
+    pytest.param(65, 1, 16, 24, 1, "even", id="one-row-more-than-a-tile"),
     pytest.param(0, 2, 16, 24, 3, "even", id="no-tokens"),
 ])
+
+
+@SHAPES
 def test_matches_reference(T, K, D, F, E, load, dtype, device):
     inputs = experts_inputs(T, K, D, F, E, dtype, device, load)
-    assert_as_exact_as(reference.experts, kernels.experts, reference.experts, inputs,
-                       "y dx dw_gate_up dw_down", terms=max(T, D, F))
+    assert_as_exact_as(reference.experts, kernels.experts, reference.experts, inputs, NAMES, terms=max(T, D, F))
 
 
-@DTYPES
 def test_dense_matches_reference(dtype, device):
-    x_TD, _, w_gate_up, w_down = experts_inputs(37, 1, 33, 47, 1, dtype, device)
-    assert_as_exact_as(reference.experts, kernels.experts, reference.experts, (x_TD, None, w_gate_up, w_down),
-                       "y dx dw_gate_up dw_down", terms=47)
+    inputs = experts_inputs(37, 1, 33, 47, 1, dtype, device)[:3]
+    assert_as_exact_as(reference.experts, kernels.experts, reference.experts, inputs, "out dx dw_gate_up dw_down",
+                       terms=47)
 
 
-@DTYPES
+@pytest.mark.parametrize("T", [0, 20])
+def test_a_shared_expert_is_what_the_sum_is_added_to(T, dtype, device):
+    inputs = experts_inputs(T, 2, 16, 24, 4, dtype, device)
+    shared = [normal(*shape, dtype=dtype, device=device, seed=9, scale=0.2) for shape in ((1, 80, 16), (1, 16, 40))]
+
+    def layer(op, x_TD, *rest):
+        *routed, shared_gate_up, shared_down = rest
+        return op(x_TD, *routed, op(x_TD, shared_gate_up, shared_down))
+
+    ours, oracle = partial(layer, kernels.experts), partial(layer, reference.experts)
+    assert_as_exact_as(oracle, ours, oracle, (*inputs, *shared), f"{NAMES} dshared_gate_up dshared_down", terms=64)
+
+
 @pytest.mark.parametrize("T", [1, 3, 64])
 @pytest.mark.parametrize("D, F", [(64, 96), (33, 47)])
 def test_dense_is_one_expert_for_all_bit_for_bit(D, F, T, dtype, device):
-    x_TD, dispatch, w_gate_up, w_down = experts_inputs(T, 1, D, F, 1, dtype, device)
-    dense = outputs_and_gradients(kernels.experts, (x_TD, None, w_gate_up, w_down))
-    routed = outputs_and_gradients(kernels.experts, (x_TD, dispatch, w_gate_up, w_down))
+    x_TD, w_gate_up, w_down, dispatch, _ = experts_inputs(T, 1, D, F, 1, dtype, device)
+    dense = outputs_and_gradients(kernels.experts, (x_TD, w_gate_up, w_down))
+    ones_TK = torch.ones(T, 1, device=device)
+    routed = outputs_and_gradients(kernels.experts, (x_TD, w_gate_up, w_down, dispatch, ones_TK))
     assert all(map(torch.equal, dense, routed))
     with torch.no_grad():
-        assert torch.equal(dense[0], kernels.experts(x_TD, None, w_gate_up, w_down))
+        assert torch.equal(dense[0], kernels.experts(x_TD, w_gate_up, w_down))
 
 
-def test_by_hand(device):
-    """silu(0) = 0 and silu(gate) tends to gate: expert 1 computes 2 * 100 * x, expert 0 nothing."""
+def test_by_hand(implementation, device):
+    """silu(0) = 0 and silu(gate) tends to gate: expert 1 computes 2 * 100 * x * x, expert 0 nothing."""
     x_TD = torch.tensor([[1.0], [3.0]], device=device)
     w_gate_up = torch.tensor([[[0.0], [5.0]], [[100.0], [2.0]]], device=device)
     w_down = torch.ones(2, 1, 1, device=device)
     dispatch = kernels.dispatch(torch.tensor([[0, 1], [0, 1]], device=device), 2)
-    y_ND = kernels.experts(x_TD, dispatch, w_gate_up, w_down)
-    assert y_ND.flatten().tolist() == [0, 0, 200 * 1 * 1, 200 * 3 * 3]
+    weight_TK = torch.tensor([[0.5, 0.25], [0.0, 2.0]], device=device)
+    out_TD = kernels.experts(x_TD, w_gate_up, w_down, dispatch, weight_TK)
+    assert out_TD.flatten().tolist() == [200 * 1 * 1 * 0.25, 200 * 3 * 3 * 2]
 
 
-@pytest.mark.parametrize("trained", [(0,), (1,), (2,), (1, 2)], ids=["x", "gate_up", "down", "weights"])
-def test_skips_what_needs_no_gradient(trained, device):
-    x_TD, dispatch, *weights = experts_inputs(30, 2, 16, 24, 4, torch.float32, device)
-    want = outputs_and_gradients(kernels.experts, (x_TD, dispatch, *weights))[1:]
-    leaves = [t.detach().requires_grad_(i in trained) for i, t in enumerate((x_TD, *weights))]
-    got = outputs_and_gradients(kernels.experts, (leaves[0], dispatch, *leaves[1:]))[1:]
+@pytest.mark.parametrize("trained", [(0,), (1,), (2,), (4,), (1, 2)], ids=["x", "gate_up", "down", "weight", "matrices"])
+def test_skips_what_needs_no_gradient(trained, implementation, device):
+    inputs = experts_inputs(30, 2, 16, 24, 4, torch.float32, device)
+    every = dict(zip((0, 1, 2, 4), outputs_and_gradients(kernels.experts, inputs)[1:], strict=True))
+    leaves = [t.detach().requires_grad_(i in trained) if i != 3 else t for i, t in enumerate(inputs)]
+    got = outputs_and_gradients(kernels.experts, leaves)[1:]
     assert len(got) == len(trained)
-    assert all(torch.equal(g, want[i]) for g, i in zip(got, trained, strict=True))
+    assert all(torch.equal(g, every[i]) for g, i in zip(got, trained, strict=True))
 
 
-def test_experts_without_rows_get_zero_gradients(device):
+def test_experts_without_rows_get_zero_gradients(implementation, device):
     inputs = experts_inputs(40, 2, 16, 24, 8, torch.float32, device, "holes")
-    _, _, dgate_up, ddown = outputs_and_gradients(kernels.experts, inputs)
+    _, _, dgate_up, ddown, _ = outputs_and_gradients(kernels.experts, inputs)
     for dw in (dgate_up, ddown):
         assert (dw[::2] == 0).all() and all(dw[e].any() for e in range(1, 8, 2))
 
 
-@DTYPES
 def test_a_row_depends_on_its_own_expert_only(dtype, device):
-    """Expert 1 has the same tokens in both; the others have many rows, or few, or do not exist.
+    """Expert 1 has the same tokens in all; the others have many rows, or few, or do not exist.
 
     D and F are odd, so that every expert and every row begins at another alignment.
     """
-    x_TD, _, w_gate_up, w_down = experts_inputs(64, 1, 33, 47, 3, dtype, device)
-    choice = torch.arange(64) % 3
-    crowded = kernels.dispatch(choice[:, None].int().to(device), 3)
-    y = kernels.experts(x_TD, crowded, w_gate_up, w_down)[crowded.offset[1]:crowded.offset[2]]
+    x_TD, w_gate_up, w_down, *_ = experts_inputs(64, 1, 33, 47, 3, dtype, device)
+    choice = torch.arange(64, device=device) % 3
+    weight_TK = normal(64, 1, dtype=torch.float32, device=device, seed=3).detach()
 
-    x_2D = torch.cat([x_TD[choice == 0][:1], x_TD[choice == 1]])
-    few = kernels.dispatch((torch.arange(len(x_2D)) > 0)[:, None].int().to(device), 3)
-    assert torch.equal(y, kernels.experts(x_2D, few, w_gate_up, w_down)[1:])
-    alone = kernels.experts(x_TD[choice == 1], None, w_gate_up[1:2], w_down[1:2])
-    assert torch.equal(y, alone)
+    def outputs(x, choice, weight):
+        return kernels.experts(x, w_gate_up, w_down, kernels.dispatch(choice[:, None], 3), weight)
+
+    mine = choice == 1
+    crowded = outputs(x_TD, choice, weight_TK)[mine]
+    keep = mine | (torch.arange(64, device=device) == 0)
+    few = outputs(x_TD[keep], choice[keep], weight_TK[keep])[1:]
+    alone = kernels.experts(x_TD[mine], w_gate_up[1:2], w_down[1:2],
+                            kernels.dispatch(torch.zeros_like(choice[mine])[:, None], 1), weight_TK[mine])
+    assert torch.equal(crowded, few) and torch.equal(crowded, alone)
 
 
-@DTYPES
-def test_blocks_of_the_activation_change_no_bit(dtype, device, monkeypatch):
-    inputs = experts_inputs(50, 2, 33, 47, 3, dtype, device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_blocks_of_the_activation_change_no_bit(dtype, monkeypatch):
+    inputs = experts_inputs(50, 2, 33, 47, 3, dtype, "cpu")
     whole = outputs_and_gradients(kernels.experts, inputs)
-    monkeypatch.setattr(MODULE, "BLOCK", 300)  # three rows of 94
+    monkeypatch.setattr(in_torch, "BLOCK", 300)  # three rows of 94
     assert all(map(torch.equal, whole, outputs_and_gradients(kernels.experts, inputs)))
 
 
-@DTYPES
 def test_repeats_bit_for_bit(dtype, device):
     inputs = experts_inputs(64, 2, 65, 31, 6, dtype, device, "zipf")
     first = outputs_and_gradients(kernels.experts, inputs)
-    for _ in range(5):
+    for _ in range(3):
         assert all(map(torch.equal, first, outputs_and_gradients(kernels.experts, inputs)))
 
 
-def test_takes_strided_inputs(device):
-    """x as a transposed view, and an upstream gradient expanded from a scalar."""
-    _, dispatch, *weights = experts_inputs(20, 2, 16, 24, 4, torch.float32, device)
-    x_DT = torch.randn(16, 20, device=device, requires_grad=True)
-    got, want = (torch.autograd.grad(f(x_DT.T, dispatch, *weights).sum(), (x_DT, *weights))
+def test_takes_strided_inputs(implementation, device):
+    """x and a matrix as transposed views, and an upstream gradient expanded from a scalar."""
+    _, w_gate_up, _, *rest = experts_inputs(20, 2, 16, 24, 4, torch.float32, device)
+    x_DT = normal(16, 20, dtype=torch.float32, device=device, seed=5)
+    w_down_FD = normal(4, 24, 16, dtype=torch.float32, device=device, seed=6)
+    got, want = (torch.autograd.grad(f(x_DT.T, w_gate_up, w_down_FD.mT, *rest).sum(), (x_DT, w_gate_up, w_down_FD))
                  for f in (kernels.experts, reference.experts))
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-@DTYPES
 def test_the_layout_of_the_upstream_changes_no_bit(dtype, device):
     inputs = experts_inputs(40, 2, 33, 47, 3, dtype, device)
-    y_ND = kernels.experts(*inputs)
-    leaves, dy_ND = (inputs[0], *inputs[2:]), strided_like(y_ND)
-    assert not dy_ND.is_contiguous()
-    strided, packed = (torch.autograd.grad(y_ND, leaves, dy, retain_graph=True)
-                       for dy in (dy_ND, dy_ND.contiguous()))
+    out_TD = kernels.experts(*inputs)
+    leaves, dout_TD = (*inputs[:3], inputs[4]), strided_like(out_TD)
+    assert not dout_TD.is_contiguous()
+    strided, packed = (torch.autograd.grad(out_TD, leaves, dout, retain_graph=True)
+                       for dout in (dout_TD, dout_TD.contiguous()))
     assert all(map(torch.equal, strided, packed))
 
 
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "routed"])
-def test_saves_x_and_h_only(dense, device):
-    """Not the gathered rows, the activation or y."""
-    T, K, D, F = 20, 1 if dense else 2, 16, 24
-    x_TD, dispatch, w_gate_up, w_down = experts_inputs(T, K, D, F, 1 if dense else 4, torch.float32, device)
+def test_saves_x_and_h_only(dense, implementation, device):
+    """Not the gathered rows, the activation or y. In torch every expert's rows are padded to a multiple of 64."""
+    T, K, D, F, E = 64, 1 if dense else 2, 16, 24, 1 if dense else 2
+    inputs = experts_inputs(T, K, D, F, E, torch.float32, device)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        kernels.experts(x_TD, None if dense else dispatch, w_gate_up, w_down)
-    activations = sum(x.numel() for x in saved if x.is_floating_point()) - w_gate_up.numel() - w_down.numel()
-    assert activations == T * D + T * K * 2 * F
+        kernels.experts(*(inputs[:3] if dense else inputs))
+    given = sum(x.numel() for x in (inputs[:3] if dense else (*inputs[:3], inputs[4])))
+    assert sum(x.numel() for x in saved if x.is_floating_point()) - given == T * K * 2 * F
+
+
+def test_padding_is_not_seen(device):
+    """What pads an expert's rows are copies of its own: a token that is not finite stays with its expert."""
+    x_TD, w_gate_up, w_down, _, weight_TK = experts_inputs(10, 1, 16, 24, 2, torch.float32, device)
+    dispatch = kernels.dispatch(torch.arange(10, device=device)[:, None] // 5, 2)
+    want = outputs_and_gradients(kernels.experts, (x_TD, w_gate_up, w_down, dispatch, weight_TK))
+    broken = x_TD.detach().clone()
+    broken[0] = torch.nan
+    got = outputs_and_gradients(kernels.experts, (broken.requires_grad_(), w_gate_up, w_down, dispatch, weight_TK))
+    for name, g, w in zip(("out", "dx", "dw_gate_up", "dw_down", "dweight"), got, want, strict=True):
+        mine = slice(1, 2) if name.startswith("dw_") else slice(5, 10)
+        assert torch.equal(g[mine], w[mine]), name
 
 
 def test_gradcheck_of_the_layer_in_float64(device):
     """Router, dispatch, experts and combine together, with an absent slot."""
     x, table, bias, present_S = route_inputs(6, 4, [0, 3, 7], torch.float32, device)
-    _, _, w_gate_up, w_down = experts_inputs(1, 1, 4, 5, 3, torch.float32, device)
+    _, w_gate_up, w_down, *_ = experts_inputs(1, 1, 4, 5, 3, torch.float32, device)
     expert_of_slot = present_S.cumsum(0) - 1
 
     def layer(x_TD, table_SD, bias_S, w_gate_up, w_down):
-        slot_TK, weight_TK, logits_TS = kernels.route(x_TD, table_SD, bias_S, present_S, 2)
-        dispatch = kernels.dispatch(expert_of_slot[slot_TK.long()], 3)
-        y_ND = kernels.experts(x_TD, dispatch, w_gate_up, w_down)
-        return kernels.combine(y_ND, weight_TK, dispatch.row_TK), kernels.z_loss(logits_TS)
+        route = kernels.route(x_TD, table_SD, bias_S, present_S, kernels.Gate(2))
+        dispatch = kernels.dispatch(expert_of_slot[route.slot_TK.long()], 3)
+        return kernels.experts(x_TD, w_gate_up, w_down, dispatch, route.weight_TK), route.z_loss
 
     inputs = [t.detach().double().requires_grad_() for t in (x, table, bias, w_gate_up, w_down)]
     assert torch.autograd.gradcheck(layer, inputs)
@@ -171,14 +203,20 @@ def test_gradcheck_of_the_layer_in_float64(device):
                  "w_gate_up is bfloat16: want float32, as x is", id="dtype"),
     pytest.param(dict(down=torch.zeros(2, 4, 6, device="meta")), "w_down is on meta: want cpu", id="device"),
     pytest.param(dict(dispatch=None), "dispatch is None and there are 2 experts: want 1", id="dense-of-two"),
+    pytest.param(dict(dispatch=None, gate_up=torch.zeros(1, 12, 4), down=torch.zeros(1, 4, 6)),
+                 "weight is given without a dispatch", id="weight-of-nothing"),
+    pytest.param(dict(weight=None), "weight is None and there is a dispatch", id="no-weight"),
+    pytest.param(dict(weight=torch.ones(4, 1)), r"weight has shape \(4, 1\): want \(T=3, K\)", id="weight-shape"),
+    pytest.param(dict(weight=torch.ones(3, 1).half()), "weight is float16: want float32 or float64", id="weight-dtype"),
     pytest.param(dict(dispatch=kernels.dispatch(expert_choice(3, 1, 5), 5)),
                  r"dispatch.offset has shape \(6,\): want \(E \+ 1=3\)", id="other-experts"),
-    pytest.param(dict(dispatch=kernels.dispatch(expert_choice(4, 1, 2), 2)),
-                 r"dispatch.row has shape \(4, 1\): want \(T=3, K\)", id="other-tokens"),
+    pytest.param(dict(dispatch=kernels.dispatch(expert_choice(3, 2, 2), 2)),
+                 r"dispatch.token has shape \(6,\): want \(N=3\)", id="other-k"),
+    pytest.param(dict(base=torch.zeros(3, 5)), r"base has shape \(3, 5\): want \(T=3, D=4\)", id="base"),
+    pytest.param(dict(base=torch.zeros(3, 4).half()), "base is float16: want float32, as x is", id="base-dtype"),
 ])
 def test_refuses(change, message):
-    good = dict(x=torch.zeros(3, 4), dispatch=kernels.dispatch(expert_choice(3, 1, 2), 2),
-                gate_up=torch.zeros(2, 12, 4), down=torch.zeros(2, 4, 6))
-    x, dispatch, gate_up, down = (good | change).values()
+    good = dict(x=torch.zeros(3, 4), gate_up=torch.zeros(2, 12, 4), down=torch.zeros(2, 4, 6),
+                dispatch=kernels.dispatch(expert_choice(3, 1, 2), 2), weight=torch.ones(3, 1), base=None)
     with pytest.raises(ValueError, match=message):
-        kernels.experts(x, dispatch, gate_up, down)
+        kernels.experts(*(good | change).values())

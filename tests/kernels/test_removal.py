@@ -34,10 +34,11 @@ def layer(x_TD, table_SD, bias_S, w_gate_up, w_down, *, stacked, keep):
     present_S[list(keep)] = True
     expert_of_slot = torch.full((NUM_SLOTS,), -1, device=x_TD.device)
     expert_of_slot[list(stacked)] = torch.arange(len(stacked), device=x_TD.device)
-    slot_TK, weight_TK, logits_TS = kernels.route(x_TD, table_SD, bias_S, present_S, min(2, len(keep)))
+    gate = kernels.Gate(min(2, len(keep)))
+    slot_TK, weight_TK, logits_TS, *_ = kernels.route(x_TD, table_SD, bias_S, present_S, gate)
     dispatch = kernels.dispatch(expert_of_slot[slot_TK.long()], len(stacked))
-    y_ND = kernels.experts(x_TD, dispatch, w_gate_up, w_down)
-    return slot_TK, weight_TK, logits_TS[:, present_S], kernels.combine(y_ND, weight_TK, dispatch.row_TK)
+    out_TD = kernels.experts(x_TD, w_gate_up, w_down, dispatch, weight_TK)
+    return slot_TK, weight_TK, logits_TS[:, present_S], out_TD
 
 
 @DTYPES
@@ -50,7 +51,7 @@ def layer(x_TD, table_SD, bias_S, w_gate_up, w_down, *, stacked, keep):
 @pytest.mark.parametrize("T", [1, 5, 64, 513])
 def test_a_masked_expert_is_a_removed_expert(T, D, F, slots, dtype, device):
     x_TD, table_SD, bias_S, _ = route_inputs(T, D, slots, dtype, device)
-    _, _, w_gate_up, w_down = experts_inputs(1, 1, D, F, len(slots), dtype, device)
+    _, w_gate_up, w_down, *_ = experts_inputs(1, 1, D, F, len(slots), dtype, device)
     for keep in subsets(slots):
         stay = torch.tensor([slots.index(s) for s in keep], device=device)
         masked = (x_TD, table_SD, bias_S, w_gate_up, w_down)
@@ -77,13 +78,13 @@ def test_a_masked_expert_is_a_removed_expert(T, D, F, slots, dtype, device):
 def test_logits_of_those_who_stay_do_not_move(T, D, slots, dtype, device):
     """The logits with everybody present, whatever stands in an absent row."""
     x_TD, table_SD, bias_S, everybody_S = route_inputs(T, D, slots, dtype, device)
-    before = kernels.route(x_TD, table_SD, bias_S, everybody_S, 1).logits_TS
+    before = kernels.route(x_TD, table_SD, bias_S, everybody_S, kernels.Gate(1)).logits_TS
     for keep in subsets(slots):
         present_S = torch.zeros(NUM_SLOTS, dtype=torch.bool, device=device)
         present_S[list(keep)] = True
         for content in (0.0, 1e6):
             table = table_SD.detach().masked_fill(~present_S[:, None], content)
-            after = kernels.route(x_TD, table, bias_S, present_S, 1).logits_TS
+            after = kernels.route(x_TD, table, bias_S, present_S, kernels.Gate(1)).logits_TS
             assert torch.equal(before[:, present_S], after[:, present_S]), f"keeping {keep}"
 
 
@@ -93,9 +94,9 @@ def test_logits_of_those_who_stay_do_not_move(T, D, slots, dtype, device):
 def test_alone_the_anchor_is_the_dense_layer(D, F, T, dtype, device):
     """Only slot 0 present: weight exactly 1, and the dense op's bits, forward and backward."""
     x_TD, table_SD, bias_S, _ = route_inputs(T, D, range(16), dtype, device)
-    _, _, w_gate_up, w_down = experts_inputs(1, 1, D, F, 1, dtype, device)
+    _, w_gate_up, w_down, *_ = experts_inputs(1, 1, D, F, 1, dtype, device)
     _, weight_TK, _, out = layer(x_TD, table_SD, bias_S, w_gate_up, w_down, stacked=(0,), keep=(0,))
-    dense = kernels.experts(x_TD, None, w_gate_up, w_down)
+    dense = kernels.experts(x_TD, w_gate_up, w_down)
     assert (weight_TK == 1).all() and torch.equal(out, dense)
     leaves, dout_TD = (x_TD, w_gate_up, w_down), strided_like(out)
     assert all(map(torch.equal, torch.autograd.grad(out, leaves, dout_TD),

@@ -65,6 +65,7 @@ DATA = ["data-public", "data-billing", "data-radiology"]
         pytest.param("pack.train.steps=9", PACKS, id="packs"),
         pytest.param("calibration.rho=0.2", PACKS, id="calibration"),
         pytest.param("run.precision=bfloat16", ANCHOR + PACKS, id="precision"),
+        pytest.param("run.backend=reference", ANCHOR + PACKS + MEASURES, id="backend"),
         pytest.param("deepspeed.wall_clock_breakdown=true", ANCHOR + PACKS, id="deepspeed"),
         pytest.param("evaluation.tokens=99", MEASURES, id="evaluation"),
         pytest.param("run.seed=2", DATA + ANCHOR + PACKS, id="seed"),

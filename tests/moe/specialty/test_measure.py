@@ -33,7 +33,7 @@ def test_shares_by_hand(clinic):
     logits_TS[:, :3] = torch.tensor([[0.0, 1.0, -1.0], [0.0, -1.0, -2.0], [0.0, 2.0, 3.0], [0.0, -5.0, -4.0]])
     slot_TK = torch.tensor([[0, 1], [0, 1], [1, 2], [0, 2]], dtype=torch.int32)
     weight_TK = torch.tensor([[0.25, 0.75], [0.5, 0.5], [0.25, 0.75], [1.0, 0.0]])
-    route = Route(slot_TK, weight_TK, logits_TS)
+    route = Route(slot_TK, weight_TK, logits_TS, count_S=None, share_S=None, z_loss=None)
     shares = RoutingShares(merged)
     shares.observe(Output(torch.zeros(4, 32), (route, route)))
     figures = shares.figures("billing")

@@ -1,0 +1,168 @@
+"""Experts in PyTorch: one product for each expert, on rows gathered when they are needed.
+
+Every expert's rows are padded to a multiple of 16 or 64 with copies of its first row that have weight 0: so the library
+meets few shapes (kernels/product.py), and what pads changes no sum. Rows of one expert are computed together and
+depend on no other expert, nor on how many there are.
+
+h is kept as one tensor for each expert: they are of a size the allocator reuses, where one large one would be mapped
+anew in every step.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.product import product, row_multiple
+from kernels.reference import Dispatch, at_least_float32
+
+BLOCK = 2**20  # elements of h activated at a time
+
+
+class _Layout(NamedTuple):
+    """Routed rows with every expert's padded; P rows in all."""
+
+    spans: list[tuple[int, int, int]]  # expert, first and last row, for every expert that has rows
+    token_P: Tensor | None  # row -> token; None: they are the same
+    weight_P: Tensor | None  # float32, 0 for what pads; None: all 1 (and none pads)
+    place_TK: Tensor  # (token, k) -> row, int32
+
+
+def forward(x_TD: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor, dispatch: Dispatch | None,
+            weight_TK: Tensor | None, base_TD: Tensor | None, keep_h: bool) -> tuple[Tensor, list[Tensor]]:
+    """out_TD, and of every expert with rows h, if it is to be kept."""
+    layout = _layout(x_TD, dispatch, weight_TK)
+    y_PD = x_TD.new_empty(layout.spans[-1][2] if layout.spans else 0, x_TD.shape[1])
+    kept = []
+    for e, first, last in layout.spans:
+        h = product(_rows(x_TD, layout, first, last), w_gate_up_E2FD[e].T)
+        product(_activation(h, _weights(layout, first, last)), w_down_EDF[e].T, y_PD[first:last])
+        if keep_h:
+            kept.append(h)
+    if dispatch is None:
+        return y_PD[:x_TD.shape[0]], kept
+    out_TD = _sum(y_PD, layout.place_TK)
+    return out_TD if base_TD is None else out_TD.add_(base_TD), kept
+
+
+def backward(dout_TD: Tensor, x_TD: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor, dispatch: Dispatch | None,
+             weight_TK: Tensor | None, kept: list[Tensor], needs: tuple[bool, bool, bool, bool]) -> tuple:
+    """Gradients of x, w_gate_up, w_down and weight, each where it is needed.
+
+    For the rows of an expert, x and g = dout gathered:  da = g w_down,  <da, a> the gradient of the weight,
+    dh from weight * da,  dw_down = g^T (weight * a),  dw_gate_up = dh^T x,  dx = sum over k of dh w_gate_up.
+    """
+    needs_x, needs_gate_up, needs_down, needs_weight = needs
+    layout = _layout(x_TD, dispatch, weight_TK)
+    P = layout.spans[-1][2] if layout.spans else 0
+    dx_PD = x_TD.new_empty(P, x_TD.shape[1]) if needs_x else None
+    dweight_P = torch.empty(P, dtype=at_least_float32(x_TD), device=x_TD.device) if needs_weight else None
+    dgate_up = _gradient(w_gate_up_E2FD, layout) if needs_gate_up else None
+    ddown = _gradient(w_down_EDF, layout) if needs_down else None
+    for (e, first, last), h in zip(layout.spans, kept, strict=True):
+        g = _rows(dout_TD, layout, first, last)
+        da = product(g, w_down_EDF[e])
+        dh, scaled_a, dweight = _activation_backward(da, h, _weights(layout, first, last))
+        if needs_weight:
+            dweight_P[first:last] = dweight
+        if needs_down:
+            product(g.T, scaled_a, ddown[e])
+        if needs_gate_up:
+            product(dh.T, _rows(x_TD, layout, first, last), dgate_up[e])
+        if needs_x:
+            product(dh, w_gate_up_E2FD[e], dx_PD[first:last])
+    if needs_x:
+        dx_PD = dx_PD[:x_TD.shape[0]] if dispatch is None else _sum(dx_PD, layout.place_TK)
+    if needs_weight:
+        dweight_P = dweight_P[layout.place_TK.long()].to(weight_TK.dtype)
+    return dx_PD, dgate_up, ddown, dweight_P
+
+
+def _layout(x_TD: Tensor, dispatch: Dispatch | None, weight_TK: Tensor | None) -> _Layout:
+    T, device = x_TD.shape[0], x_TD.device
+    if dispatch is None:
+        offset, token_N, row_TK = torch.tensor([0, T]), None, None
+    else:
+        offset, token_N, row_TK = dispatch.offset.long(), dispatch.token_N, dispatch.row_TK.long()
+    count_E = offset.diff()
+    multiple = row_multiple(x_TD.dtype)
+    padded_E = (count_E + multiple - 1) // multiple * multiple
+    edge = F.pad(padded_E.cumsum(0), (1, 0))
+    edges = edge.tolist()  # on a GPU this waits
+    spans = [(e, *span) for e, span in enumerate(zip(edges, edges[1:], strict=False)) if span[0] < span[1]]
+    if dispatch is None and T % multiple == 0:
+        return _Layout(spans, None, None, None)
+    expert_P = torch.arange(len(count_E), device=device).repeat_interleave(padded_E)
+    number_P = torch.arange(edges[-1], device=device) - edge[expert_P]  # within its expert
+    live_P = number_P < count_E[expert_P]
+    row_P = offset[expert_P] + number_P * live_P
+    weight_P = live_P.to(at_least_float32(x_TD))
+    if dispatch is None:
+        return _Layout(spans, row_P, weight_P, None)
+    expert_N = torch.arange(len(count_E), device=device).repeat_interleave(count_E)
+    place_TK = (row_TK + (edge[:-1] - offset[:-1])[expert_N][row_TK]).int()
+    weight_P[place_TK.flatten().long()] = weight_TK.flatten().to(weight_P.dtype)
+    return _Layout(spans, token_N[row_P], weight_P, place_TK)
+
+
+def _rows(x_TD: Tensor, layout: _Layout, first: int, last: int) -> Tensor:
+    return x_TD if layout.token_P is None else x_TD.index_select(0, layout.token_P[first:last])
+
+
+def _weights(layout: _Layout, first: int, last: int) -> Tensor | None:
+    return None if layout.weight_P is None else layout.weight_P[first:last, None]
+
+
+def _sum(y_PD: Tensor, place_TK: Tensor) -> Tensor:
+    """out_TD[t] = sum over k of y_PD[place_TK[t, k]], in the order of k, in float32: bags of K rows, in one pass."""
+    T, K = place_TK.shape
+    first_T = torch.arange(0, T * K, K, device=place_TK.device, dtype=place_TK.dtype)
+    return F.embedding_bag(place_TK.flatten(), y_PD, first_T, mode="sum")
+
+
+def _gradient(w: Tensor, layout: _Layout) -> Tensor:
+    """Room for the gradient of a stack of weights; zeros for experts without rows."""
+    dw = torch.empty_like(w, memory_format=torch.contiguous_format)
+    for e in set(range(len(w))) - {e for e, *_ in layout.spans}:
+        dw[e].zero_()
+    return dw
+
+
+def _activation(h_n2F: Tensor, weight_n1: Tensor | None) -> Tensor:
+    """weight * silu(gate) * up, in float32, rounded once."""
+    a_nF = h_n2F.new_empty(h_n2F.shape[0], h_n2F.shape[1] // 2)
+    for rows in _blocks(h_n2F):
+        gate, up = _halves(h_n2F[rows])
+        a = F.silu(gate)
+        if weight_n1 is not None:
+            a.mul_(weight_n1[rows])
+        torch.mul(a, up, out=a_nF[rows])
+    return a_nF
+
+
+def _activation_backward(da_nF: Tensor, h_n2F: Tensor, weight_n1: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """dh, weight * a and <da, a>:  dup = weight da silu(gate),  dgate = weight da up silu'(gate)."""
+    scaled_nF, dh_n2F = torch.empty_like(da_nF), torch.empty_like(h_n2F)
+    dgate_nF, dup_nF = dh_n2F.chunk(2, dim=1)
+    dweight_n = da_nF.new_empty(len(da_nF), dtype=at_least_float32(h_n2F))
+    for rows in _blocks(h_n2F):
+        gate, up = _halves(h_n2F[rows])
+        da, silu = da_nF[rows].to(gate.dtype), F.silu(gate)
+        a = silu * up
+        torch.linalg.vecdot(da, a, out=dweight_n[rows])
+        if weight_n1 is not None:
+            da, a = da * weight_n1[rows], a.mul_(weight_n1[rows])
+        scaled_nF[rows] = a
+        torch.mul(silu, da, out=dup_nF[rows])
+        dgate_nF[rows] = torch.ops.aten.silu_backward(da * up, gate)
+    return dh_n2F, scaled_nF, dweight_n
+
+
+def _halves(h_n2F: Tensor) -> tuple[Tensor, Tensor]:
+    return h_n2F.to(at_least_float32(h_n2F)).chunk(2, dim=1)
+
+
+def _blocks(h_n2F: Tensor) -> list[slice]:
+    n, step = h_n2F.shape[0], max(1, BLOCK // h_n2F.shape[1])
+    return [slice(first, first + step) for first in range(0, n, step)]
