@@ -1,0 +1,144 @@
+"""Time a whole mixture layer, router to sum, against that of transformers: the same weights, dtype and threads.
+
+    python -m benchmarks.bench_layer --out benchmarks/results/layer.jsonl
+    python -m benchmarks.bench_layer --device cpu --dtypes float32 --loads zipf
+
+Ours is kernels.route, kernels.dispatch and kernels.experts. The peers are the mixture blocks of Mixtral and of
+Qwen3-MoE, each with its experts as a loop ("eager") and as grouped products ("grouped_mm"). Their batched_mm is left
+out: it copies two matrices for every routed row. Outputs and gradients of all are compared before anything is timed.
+
+The fastest block of transformers at a point and pass is the best peer there. The last table, and those lines of the
+file that have "against", tell how many times as fast ours is and which share of the peer's memory it takes. FLOPs are
+those of the experts and of the router's product.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+import kernels
+from benchmarks import bench_experts, harness
+from benchmarks.bench_experts import LETTERS, LOADS, SHAPES
+from benchmarks.harness import NotAvailable, Point, Provider, Row, Step
+from kernels import Gate, reference
+
+NAMES = ("out", "dx", "dtable", "dw_gate_up", "dw_down")
+RATIOS = (("point", "point", "{}"), ("pass", "pass", "{}"), ("provider", "provider", "{}"),
+          ("against", "against", "{}"), ("times as fast", "speedup", "{:.2f}"),
+          ("of its memory", "memory_ratio", "{:.2f}"), ("of its resident", "resident_ratio", "{:.2f}"),
+          ("% of P", "percent_of_p", "{:.1f}"), ("void", "void", "{}"))
+
+
+class Inputs(bench_experts.Inputs):
+    """Tokens that are routed as the point's load says, by every router."""
+
+    def __init__(self, point: Point):
+        super().__init__(point)
+        self.x_TD, self.table_SD = harness.routed_inputs(self.expert_TK, self.D, self.E, point.dtype, point.device)
+        self.bias_S = torch.zeros(self.E, device=point.device)
+        self.present_S = torch.ones(self.E, dtype=torch.bool, device=point.device)
+
+    @property
+    def leaves(self):
+        return self.x_TD, self.table_SD, self.w_gate_up, self.w_down
+
+    def step(self, function, leaves=None, backend=""):
+        return Step(lambda: (function(),), leaves or self.leaves, (self.dout_TD,), backend=backend,
+                    named=lambda got: dict(zip(NAMES, got, strict=True)))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = harness.parser(__doc__, "bench_layer", "T,D,F,E,K", LOADS).parse_args(arguments)
+    settings = harness.settings_of(options)
+    points = [point_of(shape, dtype, options.device, load)
+              for shape in harness.shapes_of(options, LETTERS, SHAPES[options.device])
+              for load in options.loads for dtype in harness.dtypes_of(options)]
+
+    def build(point: Point) -> tuple[Provider, Sequence[Provider]]:
+        inputs = Inputs(point)
+        return Provider("reference", lambda: ours(inputs, reference)), harness.wanted(providers(inputs), options)
+
+    rows = harness.run(points, build, settings)
+    found = []
+    for point in points:
+        for row in ratios([row for row in rows if (row["shape"], row["dtype"], row["load"]) == key(point)]):
+            found.append(harness.emit(settings, point, row) | {"point": harness.title(point)})
+    print(f"\nagainst the best of transformers\n{harness.table(found, RATIOS)}", flush=True)
+    return 0
+
+
+def key(point: Point) -> tuple:
+    return point.shape, harness.name_of(point.dtype), point.load
+
+
+def point_of(shape: dict[str, int], dtype: torch.dtype, device: str, load: str) -> Point:
+    alone = bench_experts.point_of(shape, dtype, device, load)
+    return Point("layer", shape, dtype, device, load, flops=flops(**shape), own_product=alone.own_product)
+
+
+def flops(T: int, D: int, F: int, E: int, K: int) -> dict[str, float]:
+    """The experts, and the router's product: once forward, twice backward."""
+    router = {"forward": 2 * T * D * E, "backward": 4 * T * D * E, "both": 6 * T * D * E}
+    return {name: value + router[name] for name, value in bench_experts.flops(T, D, F, E, K).items()}
+
+
+def providers(i: Inputs) -> list[Provider]:
+    own = [Provider(f"kernels ({name})", lambda name=name: ours(i, kernels, name)) for name in harness.ours(i.device)]
+    peers = [Provider(f"transformers {model} {implementation}",
+                      lambda model=model, implementation=implementation: transformers(i, model, implementation))
+             for model in ("mixtral", "qwen3") for implementation in ("eager", "grouped_mm")]
+    return own + peers
+
+
+def ours(i: Inputs, ops, backend: str = "") -> Step:
+    def layer():
+        route = ops.route(i.x_TD, i.table_SD, i.bias_S, i.present_S, Gate(i.K))
+        return ops.experts(i.x_TD, i.w_gate_up, i.w_down, ops.dispatch(route.slot_TK, i.E), route.weight_TK)
+
+    return i.step(layer, backend=backend)
+
+
+def transformers(i: Inputs, model: str, implementation: str) -> Step:
+    try:
+        if model == "mixtral":
+            from transformers import MixtralConfig
+            from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock as Block
+            config = MixtralConfig(hidden_size=i.D, intermediate_size=i.F, num_local_experts=i.E,
+                                   num_experts_per_tok=i.K)
+        else:
+            from transformers import Qwen3MoeConfig
+            from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock as Block
+            config = Qwen3MoeConfig(hidden_size=i.D, moe_intermediate_size=i.F, num_experts=i.E,
+                                    num_experts_per_tok=i.K, norm_topk_prob=True)
+    except ImportError as error:
+        raise NotAvailable(f"transformers with the block of {model} is not installed") from error
+    config._experts_implementation = implementation
+    with torch.device("meta"):
+        block = Block(config)
+    block.gate.weight = torch.nn.Parameter(i.table_SD.detach())
+    block.experts.gate_up_proj = torch.nn.Parameter(i.w_gate_up.detach())
+    block.experts.down_proj = torch.nn.Parameter(i.w_down.detach())
+    leaves = i.x_TD, block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj
+    return i.step(lambda: block(i.x_TD[None])[0], leaves)
+
+
+def ratios(rows: Sequence[Row]) -> list[Row]:
+    """Ours over the best peer for each pass of one point's rows."""
+    found = []
+    for which in harness.PASSES:
+        measured = [row for row in rows if row.get("pass") == which and "ms" in row]
+        own = [row for row in measured if row["provider"].startswith("kernels")]
+        peers = [row for row in measured if row not in own]
+        best = min(peers, key=lambda row: row["ms"], default=None)
+        for row in own if best else ():
+            line = {name: row[name] for name in ("op", "shape", "dtype", "load", "pass", "provider", "percent_of_p")}
+            line |= {"against": best["provider"], "speedup": best["ms"] / row["ms"], "void": row["void"]}
+            for ratio, of in (("memory_ratio", "peak_mib"), ("resident_ratio", "peak_resident_mib")):
+                if best.get(of):
+                    line[ratio] = row[of] / best[of]
+            found.append(line)
+    return found
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
