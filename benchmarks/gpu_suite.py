@@ -1,0 +1,341 @@
+"""Check and measure the mixture layer on one GPU in one call of under nine minutes, from a bare checkout.
+
+    python -m benchmarks.gpu_suite --out FOLDER
+    python -m benchmarks.gpu_suite --out FOLDER --parts checks experts
+    python -m benchmarks.gpu_suite --out FOLDER --parts tune
+
+Needs torch and triton; pytest, transformers and the other peers are used where they are installed. Correctness comes
+first, its parts side by side; then the benchmarks, one after another, so that nothing runs beside what is timed. Every
+part is a process with a time limit: one that fails or hangs costs itself alone.
+
+    checks     benchmarks/gpu_checks.py; goes on behind a check that takes the device down
+    tests      tests/kernels on the device
+    sanitizer  the small checks under compute-sanitizer: memory and, for what is shared, races
+    experts    bench_experts: all shapes, then skewed loads against the even one
+    layer      bench_layer: against transformers
+    router     bench_router: every mode
+    tune       kernels.tune, only when asked for: FOLDER/DEVICE.json, to be tried with POLYCLINIC_CONFIGS
+
+FOLDER gets environment.json, checks.json, experts.jsonl, layer.jsonl, router.jsonl, log.txt and summary.txt, which is
+also printed last. Exit status 1 where a check failed or a part broke, 2 where there is no GPU.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks import gpu_checks, harness
+from benchmarks.gpu_checks import DEVICE_LOST
+from benchmarks.harness import Row
+
+ROOT = Path(__file__).parents[1]
+CORRECTNESS = {"checks": 175, "tests": 175, "sanitizer": 175}  # seconds at most, side by side
+TIMING = {"experts": 190, "layer": 75, "router": 60}  # seconds at most, one after another
+PARTS = (*CORRECTNESS, *TIMING, "tune")
+MARGIN = 12  # seconds before its limit that a benchmark begins no new point
+WORKERS = 4  # processes that run the tests, where pytest-xdist is installed
+LONGEST = 60  # lines of the summary
+SKEWED = ("zipf", "empty", "hot")
+PYTHON = [sys.executable, "-m"]
+
+
+class Outcome(NamedTuple):
+    """How a part ended."""
+
+    part: str
+    status: str  # "ok", "failed", "out of time", "skipped"
+    seconds: float
+    detail: str = ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the results go")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*CORRECTNESS, *TIMING], help="all but tune")
+    parser.add_argument("--minutes", type=float, default=8.7, help="for all parts together (default 8.7)")
+    parser.add_argument("--commit", help="of this code, where it is not a git checkout; part of every line")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("gpu_suite needs a CUDA GPU, and torch finds none.", file=sys.stderr)
+        return 2
+    if options.commit:
+        os.environ[harness.COMMIT] = options.commit
+    suite = Suite(options.out, time.monotonic() + 60 * options.minutes)
+    (options.out / "environment.json").write_text(json.dumps(harness.environment("cuda") | {
+        "torch_built_for": torch.version.cuda, "memory_mib": torch.cuda.get_device_properties(0).total_memory / 2**20,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}, indent=1) + "\n")
+    outcomes = suite.run(options.parts)
+    (options.out / "checks.json").write_text(json.dumps({
+        "parts": [outcome._asdict() for outcome in outcomes], "checks": suite.checked}, indent=1) + "\n")
+    text = summary(options.out, outcomes, suite.checked)
+    (options.out / "summary.txt").write_text(text + "\n")
+    print(text, flush=True)
+    return 1 if any(outcome.status == "failed" for outcome in outcomes) else 0
+
+
+class Suite:
+    """Runs parts as processes and keeps what they print in one log."""
+
+    def __init__(self, folder: Path, deadline: float):
+        self.folder, self.deadline = folder, deadline
+        self.checked: list[dict[str, Any]] = []
+        folder.mkdir(parents=True, exist_ok=True)
+        self.log = folder / "log.txt"
+
+    def run(self, parts: Sequence[str]) -> list[Outcome]:
+        together = [part for part in CORRECTNESS if part in parts]
+        with ThreadPoolExecutor(max(1, len(together))) as pool:
+            outcomes = list(pool.map(self.part, together))
+        return outcomes + [self.part(part) for part in (*TIMING, "tune") if part in parts]
+
+    def part(self, name: str) -> Outcome:
+        left = self.deadline - time.monotonic()
+        limit = min(left, {**CORRECTNESS, **TIMING}.get(name, left))
+        if limit < 5:
+            return self.report(Outcome(name, "out of time", 0.0, "no time was left for it"))
+        runs: dict[str, Callable[[float], Outcome]] = {
+            "checks": self.checks, "tests": self.tests, "sanitizer": self.sanitizer, "tune": self.tune}
+        start = time.monotonic()
+        try:
+            outcome = runs[name](limit) if name in runs else self.benchmark(name, limit)
+        except Exception as error:  # the other parts go on
+            outcome = Outcome(name, "failed", time.monotonic() - start, harness.short(error))
+        return self.report(outcome)
+
+    def report(self, outcome: Outcome) -> Outcome:
+        print(f"{outcome.part}: {outcome.status} in {outcome.seconds:.0f} s {outcome.detail}", flush=True)
+        return outcome
+
+    def checks(self, limit: float) -> Outcome:
+        start = time.monotonic()
+        with ThreadPoolExecutor(len(gpu_checks.GROUPS)) as pool:
+            groups = list(pool.map(lambda group: self.group(group, limit), gpu_checks.GROUPS))
+        statuses = [status for status, _ in groups]
+        self.checked = [line for _, lines in groups for line in lines]
+        good, there_are = sum(line["ok"] for line in self.checked), len(gpu_checks.checks("cuda", small=False))
+        skipped = sum("SKIPPED" in line["detail"] for line in self.checked)
+        detail = f"{good} of {there_are} passed" + f", {skipped} of them skipped" * bool(skipped)
+        bad = good < len(self.checked) or any(status not in (0, None) for status in statuses)
+        status = "failed" if bad else "out of time" if None in statuses else "ok"
+        return Outcome("checks", status, time.monotonic() - start, detail)
+
+    def group(self, group: str, limit: float) -> tuple[int | None, list[dict[str, Any]]]:
+        """One process for all, and another behind each check that takes the device, or the process, down."""
+        names, start = list(gpu_checks.checks("cuda", small=False, group=group)), time.monotonic()
+        with tempfile.TemporaryDirectory() as scratch:
+            lines = Path(scratch) / "checks.jsonl"
+            while True:
+                done = len(read(lines))
+                command = [*PYTHON, "benchmarks.gpu_checks", "--group", group, "--out", str(lines), "--from", str(done)]
+                status, _ = self.process(f"checks of {group}", command, limit - (time.monotonic() - start))
+                finished = len(read(lines))
+                if status is not None and status < 0 and finished < len(names):  # a signal, within a check
+                    line = {"check": names[finished], "ok": False, "seconds": 0.0,
+                            "detail": f"the process was ended by {signal.Signals(-status).name}"}
+                    with lines.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(line) + "\n")
+                    status = DEVICE_LOST
+                if status != DEVICE_LOST or finished >= len(names):
+                    return status, read(lines)
+
+    def tests(self, limit: float) -> Outcome:
+        if importlib.util.find_spec("pytest") is None:
+            return Outcome("tests", "skipped", 0.0, "pytest is not installed")
+        # What compiles for devices that are not here, and what is on the CPU, needs no device.
+        command = [*PYTHON, "pytest", "tests/kernels", "-p", "no:cacheprovider", "-k", "not cpu",
+                   "--ignore", "tests/kernels/test_aot.py", "--tb", "short"]
+        if importlib.util.find_spec("xdist") is not None:
+            command += ["-n", str(WORKERS)]
+        status, seconds = self.process("tests", command, limit)
+        last = self.last_line("tests")
+        return Outcome("tests", verdict(status), seconds, last)
+
+    def sanitizer(self, limit: float) -> Outcome:
+        tool = shutil.which("compute-sanitizer")
+        if tool is None:
+            return Outcome("sanitizer", "skipped", 0.0, "compute-sanitizer is not on the PATH")
+        start, found = time.monotonic(), []
+        for mode in ("memcheck", "racecheck"):
+            left = (0.6 if mode == "memcheck" else 1.0) * limit - (time.monotonic() - start)
+            # Without the allocator's cache, so that memory ends where a tensor ends.
+            status, _ = self.process("sanitizer", [
+                tool, "--tool", mode, "--error-exitcode", "99", *PYTHON, "benchmarks.gpu_checks", "--small"], left,
+                {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+            found.append(f"{mode} {verdict(status)}" + f" (status {status})" * bool(status))
+        status = "failed" if any("failed" in line for line in found) else "ok"
+        if status == "ok" and any("out of time" in line for line in found):
+            status = "out of time"
+        return Outcome("sanitizer", status, time.monotonic() - start, ", ".join(found))
+
+    def benchmark(self, name: str, limit: float) -> Outcome:
+        start, out, statuses = time.monotonic(), self.folder / f"{name}.jsonl", []
+        out.unlink(missing_ok=True)
+        for share, more in benchmark_arguments(name):
+            left = limit * share - (time.monotonic() - start)
+            command = [*PYTHON, f"benchmarks.bench_{name}", "--device", "cuda", "--out", str(out),
+                       "--minutes", str(max(0.0, left - MARGIN) / 60), *more]
+            statuses.append(self.process(name, command, left)[0])
+        rows = read(out)
+        times = sum("ms" in row for row in rows)
+        void = sum(bool(row.get("void")) and "against" not in row for row in rows)
+        detail = f"{times} times" + f", {void} of them void" * bool(void)
+        late = None in statuses or any(row.get("reason") == "no time left" for row in rows)
+        broken = [status for status in statuses if status not in (0, None)]
+        status = "failed" if broken else "out of time" if late else "ok"
+        detail += f", status {broken}, see log.txt" * bool(broken)
+        return Outcome(name, status, time.monotonic() - start, detail)
+
+    def tune(self, limit: float) -> Outcome:
+        from kernels.triton_backend.configurations import device_name
+        out = self.folder / f"{device_name(torch.device('cuda', 0))}.json"
+        command = [*PYTHON, "kernels.tune", "--minutes", str(max(0.5, limit - 40) / 60), "--out", str(out)]
+        status, seconds = self.process("tune", command, limit)
+        return Outcome("tune", verdict(status), seconds, str(out) if out.exists() else "nothing was written")
+
+    def process(self, part: str, command: Sequence[str], limit: float,
+                environment: dict[str, str] | None = None) -> tuple[int | None, float]:
+        """Exit status, None where it ran into its limit, and seconds. Its output goes to the log."""
+        start = time.monotonic()
+        with tempfile.TemporaryFile("w+", errors="replace") as output:
+            child = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
+                                     env={**os.environ, **(environment or {})}, start_new_session=True)
+            try:
+                status: int | None = child.wait(max(limit, 0.1))
+            except subprocess.TimeoutExpired:
+                os.killpg(child.pid, signal.SIGKILL)  # with what it has started
+                child.wait()
+                status = None
+            output.seek(0)
+            text = output.read()
+        seconds = time.monotonic() - start
+        with self.log.open("a") as log:
+            log.write(f"===== {part}: {' '.join(command)}\n{text}\n"
+                      f"===== {part}: status {status} after {seconds:.0f} s\n")
+        return status, seconds
+
+    def last_line(self, part: str) -> str:
+        """The last that this part printed."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        end = max(i for i, line in enumerate(lines) if line.startswith(f"===== {part}: status"))
+        return next((line.strip("= ") for line in reversed(lines[:end]) if line.strip("= ")), "")
+
+
+def benchmark_arguments(name: str) -> list[tuple[float, list[str]]]:
+    """The runs of a benchmark: up to which share of its time, and with what."""
+    if name == "experts":
+        return [(0.7, ["--seconds", "1.5"]),
+                (1.0, ["--seconds", "1", "--passes", "both", "--only", "kernels (triton)", "--loads", "even", *SKEWED,
+                       "--shapes", "32768,2048,768,128,8", "24576,1536,256,128,8"])]
+    if name == "layer":
+        return [(1.0, ["--seconds", "1.5", "--passes", "forward", "both",
+                       "--shapes", "32768,2048,768,128,8", "24576,1536,256,128,8", "32768,4096,2048,64,4"])]
+    return [(1.0, ["--seconds", "0.5", "--passes", "forward", "backward", "--shapes", "16384,2048,128,8"])]
+
+
+def verdict(status: int | None) -> str:
+    return "out of time" if status is None else "ok" if status == 0 else "failed"
+
+
+def read(path: Path) -> list[Row]:
+    """The lines of a file; what was cut off at its end is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------- the summary
+
+def summary(folder: Path, outcomes: Sequence[Outcome], checked: Sequence[dict[str, Any]]) -> str:
+    environment = json.loads((folder / "environment.json").read_text())
+    versions = environment["versions"]
+    lines = [f"{environment['device']}, driver {environment.get('driver')}, torch {versions.get('torch')}, "
+             f"triton {versions.get('triton')}, commit {environment['commit']}"]
+    lines += [f"{o.part:<10} {o.status:<12} {o.seconds:5.0f} s  {o.detail}" for o in outcomes]
+    failed = [line for line in checked if not line["ok"]]
+    lines += [f"  FAIL {line['check']}: {line['detail'][:140]}" for line in failed[:12]]
+    experts, layer, router = (read(folder / f"{name}.jsonl") for name in TIMING)
+    lines += [*experts_lines(experts), *skew_lines(experts), *layer_lines(layer), *router_lines(router)]
+    if len(lines) > LONGEST:
+        lines = [*lines[:LONGEST - 1], f"... {len(lines) - LONGEST + 1} more lines: see the .jsonl files"]
+    return "\n".join(lines)
+
+
+def sizes(row: Row) -> str:
+    return " ".join(f"{letter}{size}" for letter, size in row["shape"].items())
+
+
+def experts_lines(rows: Sequence[Row]) -> list[str]:
+    """TFLOP/s and percent of P of every provider at every shape, even load."""
+    table: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        if row["load"] == "even" and "ms" in row and "tflop_per_s" in row:
+            cell = f"{row['tflop_per_s']:.0f} ({row['percent_of_p']:.0f} %){'!' * row['void']}"
+            table.setdefault((sizes(row), row["provider"]), {}).setdefault(row["pass"], cell)
+    if not table:
+        return []
+    p = [row["p_tflop_per_s"] for row in rows if "p_tflop_per_s" in row]
+    lines = [f"experts, TFLOP/s (percent of P: {min(p):.0f} to {max(p):.0f}; ! void): {', '.join(harness.PASSES)}"]
+    for (shape, provider), cells in table.items():
+        values = "".join(f"{cells.get(which, '-'):>13}" for which in harness.PASSES)
+        lines.append(f"  {shape:<32} {provider:<24}{values}")
+    return lines
+
+
+def skew_lines(rows: Sequence[Row]) -> list[str]:
+    """Time of skewed loads over that of the even one, from the same run."""
+    both = [row for row in rows if row.get("pass") == "both" and "ms" in row and row["provider"] == "kernels (triton)"]
+    lines = []
+    for shape in dict.fromkeys(sizes(row) for row in both):
+        of_shape = [row for row in both if sizes(row) == shape]
+        times = {row["load"]: row["ms"] for row in of_shape}  # the last even one is that of the skewed run
+        if set(times) > {"even"}:
+            lines.append(f"  {shape:<32} time over even: " + ", ".join(
+                f"{load} {times[load] / times['even']:.2f}" for load in SKEWED if load in times and "even" in times))
+    return lines
+
+
+def layer_lines(rows: Sequence[Row]) -> list[str]:
+    found = [row for row in rows if "against" in row and row["provider"] == "kernels (triton)"]
+    return ["layer, kernels (triton) against the best of transformers"] * bool(found) + [
+        f"  {sizes(row):<32} {row['pass']:<8} {row['speedup']:.2f} times as fast, {row['percent_of_p']:.0f} % of P, "
+        f"{row.get('memory_ratio', float('nan')):.2f} of its memory ({row['against'].removeprefix('transformers ')})"
+        for row in found]
+
+
+def router_lines(rows: Sequence[Row]) -> list[str]:
+    """One line for each mode: of every provider forward and backward, as a graph and launched by the host."""
+    table: dict[str, dict[str, dict[tuple[str, str], str]]] = {}
+    for row in rows:
+        if "us" in row:
+            of_provider = table.setdefault(row["op"].removeprefix("router: "), {}).setdefault(row["provider"], {})
+            of_provider[row["pass"], row["launch"]] = f"{row['us']:.0f}"
+
+    def cell(times: dict[tuple[str, str], str], launch: str) -> str:
+        return "/".join(times.get((which, launch), "-") for which in ("forward", "backward"))
+
+    lines = ["router, us forward/backward of the kernels (launched by the host)"] * bool(table)
+    return lines + [f"  {mode:<22}" + "  ".join(
+        f"{provider.removeprefix('kernels ')} {cell(times, 'graph')} ({cell(times, 'eager')})"
+        for provider, times in providers.items()) for mode, providers in table.items()]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,163 @@
+"""The suite's own machinery: limits, going on behind what dies, the summary. What it measures needs a GPU."""
+
+import json
+import sys
+import time
+
+import pytest
+import torch
+
+import kernels
+from benchmarks import gpu_checks, gpu_suite
+from benchmarks.gpu_checks import DEVICE_LOST
+from benchmarks.gpu_suite import Outcome, Suite, summary
+
+
+@pytest.fixture
+def suite(tmp_path):
+    return Suite(tmp_path / "out", time.monotonic() + 600)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(tmp_path, capsys):
+    assert gpu_suite.main(["--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "gpu_suite needs a CUDA GPU, and torch finds none.\n"
+
+
+def test_checks_pass_on_a_cpu(tmp_path):
+    out = tmp_path / "checks.jsonl"
+    assert gpu_checks.main(["--device", "cpu", "--small", "--out", str(out)]) == 0
+    names = [json.loads(line)["check"] for line in out.read_text().splitlines()]
+    assert names == list(gpu_checks.checks("cpu", small=True)) and len(names) == len(set(names)) > 15
+    assert names == [name for group in gpu_checks.GROUPS for name in gpu_checks.checks("cpu", True, group)]
+
+
+def wrong_experts(x_TD, w_gate_up, w_down, dispatch=None, weight_TK=None, base_TD=None, experts=kernels.experts):
+    """Adds up one wrong row: that of the first token."""
+    out = experts(x_TD, w_gate_up, w_down, dispatch, weight_TK, base_TD)
+    return torch.cat([1.01 * out[:1], out[1:]])
+
+
+def other_bits(calls, x_TD, w_gate_up, w_down, *rest, experts=kernels.experts):
+    """Differs from call to call in one bit."""
+    calls.append(x_TD)
+    out = experts(x_TD, w_gate_up, w_down, *rest)
+    return out + torch.full_like(out, len(calls) % 2 * 1e-2)
+
+
+def test_checks_find_what_is_wrong(monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "experts", wrong_experts)
+    arguments = ["--device", "cpu", "--small", "--group", "experts"]
+    assert gpu_checks.main(arguments) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines and all(line.startswith("FAIL") for line in lines)
+    assert gpu_checks.main([*arguments, "--from", str(len(lines))]) == 0
+
+
+def test_checks_of_bits_find_what_differs(monkeypatch):
+    calls = []
+    monkeypatch.setattr(kernels, "experts", lambda *given: other_bits(calls, *given))
+    for name, check in gpu_checks.checks("cpu", small=True, group="layer").items():
+        assert not gpu_checks.run(name, check)["ok"], name
+
+
+def test_a_part_that_hangs_is_ended_with_what_it_has_printed(suite):
+    code = "import time; print('begun', flush=True); time.sleep(60)"
+    status, seconds = suite.process("slow", [sys.executable, "-c", code], limit=1.0)
+    assert status is None and seconds < 20 and "begun" in suite.log.read_text()
+
+
+def test_last_line(suite):
+    suite.process("tests", [sys.executable, "-c", "print('a'); print('=== 3 passed in 2.0 s ===')"], limit=20)
+    suite.process("other", [sys.executable, "-c", "print('b')"], limit=20)
+    assert suite.last_line("tests") == "3 passed in 2.0 s"
+
+
+def test_checks_go_on_behind_what_dies(suite, monkeypatch):
+    """The first process loses the device in its second check, the second is killed in the fourth, the third ends."""
+    names = ["a", "b", "c", "d", "e"]
+    monkeypatch.setattr(gpu_checks, "checks", lambda *_, group=None, **__: dict.fromkeys(
+        names if group in (None, "experts") else []))
+    script = [(["a ok", "b bad"], DEVICE_LOST), (["c ok"], -9), (["e ok"], 0)]
+
+    def process(part, command, limit):
+        if "experts" not in part:
+            return 0, 0.0
+        path, first = command[command.index("--out") + 1], int(command[-1])
+        written, status = script.pop(0)
+        assert names[first] == written[0].split()[0]
+        with open(path, "a") as file:
+            for line in written:
+                name, verdict = line.split()
+                file.write(json.dumps({"check": name, "ok": verdict == "ok", "detail": "", "seconds": 0}) + "\n")
+        return status, 0.0
+
+    monkeypatch.setattr(suite, "process", process)
+    outcome = suite.checks(100.0)
+    assert [(line["check"], line["ok"]) for line in suite.checked] == [
+        ("a", True), ("b", False), ("c", True), ("d", False), ("e", True)]
+    assert outcome.status == "failed" and outcome.detail == "3 of 5 passed"
+    assert "SIGKILL" in suite.checked[3]["detail"]
+
+
+@pytest.mark.parametrize("status, lines, want", [
+    (0, 1, "ok"), (1, 1, "failed"), (None, 0, "out of time"), (2, 0, "failed"),
+])
+def test_status_of_the_checks(suite, monkeypatch, status, lines, want):
+    monkeypatch.setattr(suite, "group", lambda group, limit: (
+        status, [{"check": group, "ok": True, "detail": "", "seconds": 0}] * lines))
+    assert suite.checks(100.0).status == want
+
+
+def test_a_part_that_breaks_does_not_stop_the_others(suite, monkeypatch, capsys):
+    def broken(limit):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(suite, "checks", broken)
+    monkeypatch.setattr(suite, "benchmark", lambda name, limit: Outcome(name, "ok", 1.0))
+    outcomes = suite.run(["experts", "checks", "router"])
+    assert [(o.part, o.status) for o in outcomes] == [("checks", "failed"), ("experts", "ok"), ("router", "ok")]
+    assert "RuntimeError: broken" in capsys.readouterr().out
+
+
+def test_no_time_left(tmp_path):
+    assert Suite(tmp_path, time.monotonic()).part("experts").status == "out of time"
+
+
+def test_arguments_of_the_benchmarks_are_understood(monkeypatch):
+    """Every command that the suite would run is one the benchmark's parser takes."""
+    from benchmarks import bench_experts, bench_layer, bench_router, harness
+    monkeypatch.setattr(harness, "run", lambda points, build, settings: points and [])
+    for name, module in (("experts", bench_experts), ("layer", bench_layer), ("router", bench_router)):
+        for share, arguments in gpu_suite.benchmark_arguments(name):
+            assert 0 < share <= 1 and module.main(["--device", "cpu", *arguments]) == 0
+
+
+def rows_of(folder, name, rows):
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"cut')
+
+
+def test_summary(suite):
+    shape = dict(T=8, D=4, F=2, E=2, K=1)
+    (suite.folder / "environment.json").write_text(json.dumps(
+        {"device": "a GPU", "driver": "1", "versions": {"torch": "2", "triton": "3"}, "commit": "abc"}))
+    base = {"op": "experts", "shape": shape, "load": "even", "provider": "kernels (triton)", "pass": "both",
+            "launch": "eager", "void": False, "percent_of_p": 50.0, "p_tflop_per_s": 700.0}
+    rows_of(suite.folder, "experts", [
+        base | {"ms": 2.0, "tflop_per_s": 350.0}, base | {"provider": "x", "reason": "not installed"},
+        base | {"ms": 2.2, "tflop_per_s": 1.0}, base | {"ms": 2.75, "load": "zipf"}])
+    rows_of(suite.folder, "layer", [
+        base | {"against": "transformers qwen3 eager", "speedup": 2.0, "memory_ratio": 0.5}])
+    rows_of(suite.folder, "router", [
+        base | {"op": "router: softmax", "us": 12.3, "pass": "forward", "launch": "graph"}])
+    checked = [{"check": "a", "ok": True, "detail": ""}, {"check": "b", "ok": False, "detail": "wrong"}]
+    text = summary(suite.folder, [Outcome("checks", "failed", 3.0, "1 of 2 passed")], checked)
+    for part in ("a GPU, driver 1, torch 2, triton 3, commit abc", "FAIL b: wrong", "350 (50 %)", "zipf 1.25",
+                 "2.00 times as fast, 50 % of P, 0.50 of its memory (qwen3 eager)", "(triton) 12/- (-/-)"):
+        assert part in text, part
+
+
+def test_a_long_summary_is_cut(suite):
+    (suite.folder / "environment.json").write_text(json.dumps({"device": "d", "versions": {}, "commit": None}))
+    text = summary(suite.folder, [Outcome("checks", "ok", 1.0)] * 100, [])
+    assert len(text.splitlines()) == gpu_suite.LONGEST and "42 more lines" in text
