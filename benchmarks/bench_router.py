@@ -121,7 +121,8 @@ def slots(T: int, S: int, gate: Gate) -> Tensor:
 
 
 def providers(i: Inputs) -> list[Provider]:
-    own = [Provider(f"kernels ({name})", lambda name=name: ours(i, kernels, name)) for name in harness.ours(i.device)]
+    own = [Provider(f"kernels ({name})", lambda name=name: ours(i, kernels, name), captured=name == "triton")
+           for name in harness.ours(i.device)]
     peers = [Provider("torch", lambda: in_torch(i))]
     if not i.losses:
         peers += [Provider("torch, choice only", lambda: choice_only(i)),

@@ -276,7 +276,7 @@ def replays(device: str, T: int, K: int, D: int, F: int, E: int, dtype: torch.dt
 
     def step() -> tuple[Tensor, ...]:
         out = layer(*leaves, *rest)
-        return out, *torch.autograd.grad(out, leaves, dout_TD)
+        return out.detach(), *torch.autograd.grad(out, leaves, dout_TD)
 
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())

@@ -89,6 +89,7 @@ class Step:
 class Provider(NamedTuple):
     name: str
     make: Callable[[], Step]  # NotAvailable where it cannot be
+    captured: bool = True  # as a CUDA graph too, where graphs are asked for; a failed capture harms what follows
 
 
 @dataclass(frozen=True)
@@ -138,15 +139,16 @@ def run(points: Iterable[Point], build: Callable[[Point], tuple[Provider, Sequen
     return rows
 
 
-def measure(point: Point, oracle: Provider, providers: Iterable[Provider], settings: Settings) -> list[Row]:
+def measure(point: Point, oracle: Provider, providers: Sequence[Provider], settings: Settings) -> list[Row]:
     """The rows of a point; each is also a line of settings.out."""
     want = {name: value.detach() for name, value in _values(oracle.make()).items()}
     rows: list[Row] = []
     steps: dict[str, Step] = {}
     distances: dict[str, float] = {}
-    for name, make in providers:
+    for provider in providers:
+        name = provider.name
         try:
-            step = make()
+            step = provider.make()
             distances[name] = distance(_values(step), want, LIMIT[point.dtype])
         except Exception as error:  # whatever stops a provider is a row of the result
             reason = str(error) if isinstance(error, NotAvailable) else short(error)
@@ -156,10 +158,12 @@ def measure(point: Point, oracle: Provider, providers: Iterable[Provider], setti
         release(point.device)
     del want
     release(point.device)
-    graphs = ("eager", "graph") if settings.graphs and point.device == "cuda" else ("eager",)
+    launches = {"eager": steps}
+    if settings.graphs and point.device == "cuda":
+        launches["graph"] = {p.name: steps[p.name] for p in providers if p.captured and p.name in steps}
     for which in settings.passes if steps else ():
-        for launch in graphs:
-            for row in _pass(point, which, launch, steps, settings):
+        for launch, of_launch in launches.items():
+            for row in _pass(point, which, launch, of_launch, settings):
                 row |= {"distance": distances[row["provider"]]} if "ms" in row else {}
                 rows.append(emit(settings, point, row))
     return rows
@@ -235,7 +239,7 @@ def call_of(step: Step, which: str) -> Callable[[], object]:
 
 def captured(step: Step, which: str) -> Callable[[], object]:
     """A replay of the pass as one CUDA graph."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream, graph = capture_stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # a backward runs on the stream of its forward
         call = call_of(step, which)
@@ -250,6 +254,12 @@ def captured(step: Step, which: str) -> Callable[[], object]:
         return call, kept  # a graph reads and writes memory that has to live as long as it does
 
     return replay
+
+
+@functools.cache
+def capture_stream() -> torch.cuda.Stream:
+    """One for all captures: the gradients of leaves that providers share belong to the stream that first used them."""
+    return torch.cuda.Stream()
 
 
 def compared(point: Point, which: str, ms: float, before: dict[str, float], after: dict[str, float]) -> Row:
@@ -388,10 +398,14 @@ def copy_rate(device: str) -> float:
 
 
 def sustained(call: Callable[[], object], device: str, times: int = 9) -> float:
-    """Median milliseconds of calls queued one after another, after as many to warm up."""
+    """Median milliseconds of calls queued one after another, after as many; on a GPU the clocks get time to settle."""
     timer = timer_of(device, flush=False)
-    waiting = [timer(call) for _ in range(2 * times)]
-    return statistics.median([milliseconds() for milliseconds in waiting][times:])
+    settled = time.perf_counter() + (0.1 if device == "cuda" else 0.0)
+    while True:
+        waiting = [timer(call) for _ in range(2 * times)]
+        found = [milliseconds() for milliseconds in waiting][times:]
+        if time.perf_counter() >= settled:
+            return statistics.median(found)
 
 
 # -------------------------------------------------------------------------------------------------- memory

@@ -1,9 +1,13 @@
 """Each benchmark from its command line to its JSON lines, at a shape that takes no time."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.functional as F
 
-from benchmarks import bench_experts, bench_layer, bench_router
+from benchmarks import bench_experts, bench_layer, bench_router, harness
 from kernels.testing import expert_choice
 
 PEERS = {"liger-kernel", "scattermoe", "sonic-moe", "megablocks"}  # not installed where tests run
@@ -93,3 +97,78 @@ def test_router(mode, quick, lines):
     assert {row["provider"] for row in timed(rows) if row["op"] == f"router: {mode}: losses"} == {
         "kernels (torch)", "torch"}
     assert all(row["percent_of_copy"] > 0 for row in timed(rows))
+
+
+# ------------------------------------------------------------------------- peers that are not installed where tests run
+
+def stand_ins():
+    """The public names that the adapters use, with the meaning their own sources give them, in plain torch."""
+    def dense(x, w_gate, w_up, w_down, expert_TK, weight_TK):
+        """Matrices [E, F, D], [E, F, D] and [E, D, F]."""
+        out_TD = torch.zeros_like(x)
+        for e in range(len(w_down)):
+            y = (F.silu(x @ w_gate[e].T) * (x @ w_up[e].T)) @ w_down[e].T
+            out_TD = out_TD + y * (weight_TK * (expert_TK == e)).sum(dim=1, keepdim=True).to(x.dtype)
+        return out_TD
+
+    def liger(x, w_gate_up, w_down, expert_TK, weight_TK):
+        return dense(x, *w_gate_up.chunk(2, dim=1), w_down, expert_TK, weight_TK)
+
+    def sort_count(expert_TK, num_experts):
+        sorted_N, order_N = expert_TK.flatten().sort()
+        return sorted_N, order_N, torch.bincount(sorted_N, minlength=num_experts).cumsum(0)
+
+    def parallel_linear(x, w, k, sorted_N, order_N, end_E, grouped_in=False, grouped_out=False, gates=None):
+        rows = x if grouped_in else x[order_N // k]
+        y_ND = torch.stack([row @ w[e] for row, e in zip(rows, sorted_N, strict=True)])
+        if grouped_out:
+            return y_ND
+        y_ND = torch.zeros_like(y_ND).index_put((order_N,), y_ND)
+        return (y_ND.view(*gates.shape, -1) * gates[..., None]).sum(dim=1)
+
+    def sonic(x, scores, token_N, expert_N, w1, b1, w2, b2, E, stream, activation):
+        w_gate, w_up = w1.permute(2, 0, 1)[:, ::2], w1.permute(2, 0, 1)[:, 1::2]
+        T, K = x.shape[0], len(token_N) // x.shape[0]
+        assert token_N.tolist() == sorted(token_N.tolist()) and activation == "swiglu"
+        return dense(x, w_gate, w_up, w2.permute(2, 0, 1), expert_N.view(T, K), scores.view(T, K)), None
+
+    class Dropless(torch.nn.Module):
+        def __init__(self, arguments):
+            super().__init__()
+            self.sizes = arguments.moe_num_experts, arguments.ffn_hidden_size, arguments.hidden_size
+            self.mlp = torch.nn.Module()
+            for name in ("w1", "v1", "w2"):
+                self.mlp.register_parameter(name, torch.nn.Parameter(torch.empty(0)))
+
+        def forward(self, x_T1D, scores, weight_TK, expert_TK):
+            w1, v1, w2 = (getattr(self.mlp, name).view(self.sizes) for name in ("w1", "v1", "w2"))
+            return dense(x_T1D[:, 0], w1, v1, w2.mT, expert_TK, weight_TK)[:, None]
+
+    space = SimpleNamespace
+    return {
+        "liger_kernel.ops.fused_moe": space(LigerFusedMoEFunction=space(apply=liger)),
+        "scattermoe": space(flatten_sort_count=sort_count, parallel_linear=parallel_linear),
+        "sonicmoe.enums": space(ActivationType=space(SWIGLU="swiglu")),
+        "sonicmoe.functional": space(moe_general_routing_inputs=sonic),
+        "megablocks.layers.arguments": space(Arguments=lambda **given: space(**given)),
+        "megablocks.layers.dmoe": space(ParallelDroplessMLP=Dropless),
+    }
+
+
+def test_adapters_bring_weights_and_gradients_into_the_peers_layout_and_back(quick, monkeypatch):
+    for name, module in stand_ins().items():
+        parts = name.split(".")
+        for i in range(1, len(parts)):
+            monkeypatch.setitem(sys.modules, ".".join(parts[:i]), SimpleNamespace())
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    shape = dict(T=10, D=8, F=6, E=3, K=2)
+    point = bench_experts.point_of(shape, torch.float32, "cpu", "even")
+    inputs = bench_experts.Inputs(point)
+    want = bench_experts.plain(inputs)
+    want = want.named(want.both())
+    peers = [p for p in bench_experts.providers(inputs) if p.name in PEERS]
+    assert {p.name for p in peers} == PEERS
+    for peer in peers:
+        step = peer.make()
+        assert harness.distance(step.named(step.both()), want, 1e-4) < 1e-5, peer.name
