@@ -81,7 +81,7 @@ def test_by_hand(implementation, device):
     assert out_TD.flatten().tolist() == [200 * 1 * 1 * 0.25, 200 * 3 * 3 * 2]
 
 
-@pytest.mark.parametrize("trained", [(0,), (1,), (2,), (4,), (1, 2)], ids=["x", "gate_up", "down", "weight", "matrices"])
+@pytest.mark.parametrize("trained", [(0,), (1,), (2,), (4,), (1, 2)], ids=["x", "gate_up", "down", "weight", "both"])
 def test_skips_what_needs_no_gradient(trained, implementation, device):
     inputs = experts_inputs(30, 2, 16, 24, 4, torch.float32, device)
     every = dict(zip((0, 1, 2, 4), outputs_and_gradients(kernels.experts, inputs)[1:], strict=True))
