@@ -51,7 +51,7 @@ def test_a_forced_file_must_exist(monkeypatch):
     pytest.param("{", "cannot be read as configurations", id="no-json"),
     pytest.param("{}", "cannot be read as configurations: 'entries'", id="no-entries"),
     pytest.param(json.dumps({"entries": [ENTRY | dict(blocks=1)]}), "argument .blocks.", id="typo"),
-    pytest.param(json.dumps({"entries": [ENTRY | dict(product="down")]}), "product 'down': want one of up", id="product"),
+    pytest.param(json.dumps({"entries": [ENTRY | dict(product="down")]}), "product .down.: want one of", id="product"),
 ])
 def test_a_damaged_file_is_refused(text, message, tmp_path):
     path = tmp_path / "x.json"
