@@ -4,10 +4,11 @@ Every expert's rows are padded to a multiple of 16 or 64 with copies of its firs
 meets few shapes (kernels/product.py), and what pads changes no sum. Rows of one expert are computed together and
 depend on no other expert, nor on how many there are.
 
-h is kept as one tensor for each expert: they are of a size the allocator reuses, where one large one would be mapped
-anew in every step.
+What one expert needs while it is computed is written into scratch that all share (`_Scratch`): memory that is allocated
+and freed for each is given back to the system and mapped anew, which costs more than the arithmetic done in it.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from kernels.product import product, row_multiple
 from kernels.reference import Dispatch, at_least_float32
 
-BLOCK = 2**20  # elements of h activated at a time
+BLOCK = 2**18  # elements of h activated at a time: what is read and written meanwhile stays in the caches
 
 
 class _Layout(NamedTuple):
@@ -33,11 +34,15 @@ def forward(x_TD: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor, dispatch: 
             weight_TK: Tensor | None, base_TD: Tensor | None, keep_h: bool) -> tuple[Tensor, list[Tensor]]:
     """out_TD, and of every expert with rows h, if it is to be kept."""
     layout = _layout(x_TD, dispatch, weight_TK)
+    scratch = _Scratch(x_TD, w_down_EDF.shape[2], layout)
     y_PD = x_TD.new_empty(layout.spans[-1][2] if layout.spans else 0, x_TD.shape[1])
     kept = []
     for e, first, last in layout.spans:
-        h = product(_rows(x_TD, layout, first, last), w_gate_up_E2FD[e].T)
-        product(_activation(h, _weights(layout, first, last)), w_down_EDF[e].T, y_PD[first:last])
+        n = last - first
+        h = x_TD.new_empty(n, 2 * scratch.F) if keep_h else scratch.h[:n]
+        product(_rows(x_TD, layout, first, last, scratch.x), w_gate_up_E2FD[e].T, h)
+        scratch.activation(h, _weights(layout, first, last), scratch.a[:n])
+        product(scratch.a[:n], w_down_EDF[e].T, y_PD[first:last])
         if keep_h:
             kept.append(h)
     if dispatch is None:
@@ -55,28 +60,28 @@ def backward(dout_TD: Tensor, x_TD: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: 
     """
     needs_x, needs_gate_up, needs_down, needs_weight = needs
     layout = _layout(x_TD, dispatch, weight_TK)
+    scratch = _Scratch(x_TD, w_down_EDF.shape[2], layout)
     P = layout.spans[-1][2] if layout.spans else 0
     dx_PD = x_TD.new_empty(P, x_TD.shape[1]) if needs_x else None
-    dweight_P = torch.empty(P, dtype=at_least_float32(x_TD), device=x_TD.device) if needs_weight else None
+    dweight_P = torch.empty(P, dtype=at_least_float32(x_TD), device=x_TD.device)
     dgate_up = _gradient(w_gate_up_E2FD, layout) if needs_gate_up else None
     ddown = _gradient(w_down_EDF, layout) if needs_down else None
     for (e, first, last), h in zip(layout.spans, kept, strict=True):
-        g = _rows(dout_TD, layout, first, last)
-        da = product(g, w_down_EDF[e])
-        dh, scaled_a, dweight = _activation_backward(da, h, _weights(layout, first, last))
-        if needs_weight:
-            dweight_P[first:last] = dweight
+        n = last - first
+        a, dh = scratch.a[:n], scratch.h[:n]
+        g = _rows(dout_TD, layout, first, last, scratch.x)
+        product(g, w_down_EDF[e], a)
+        scratch.activation_backward(a, h, _weights(layout, first, last), dh, dweight_P[first:last])
         if needs_down:
-            product(g.T, scaled_a, ddown[e])
+            product(g.T, a, ddown[e])
         if needs_gate_up:
-            product(dh.T, _rows(x_TD, layout, first, last), dgate_up[e])
+            product(dh.T, _rows(x_TD, layout, first, last, scratch.x), dgate_up[e])
         if needs_x:
             product(dh, w_gate_up_E2FD[e], dx_PD[first:last])
     if needs_x:
         dx_PD = dx_PD[:x_TD.shape[0]] if dispatch is None else _sum(dx_PD, layout.place_TK)
-    if needs_weight:
-        dweight_P = dweight_P[layout.place_TK.long()].to(weight_TK.dtype)
-    return dx_PD, dgate_up, ddown, dweight_P
+    dweight_TK = dweight_P[layout.place_TK.long()].to(weight_TK.dtype) if needs_weight else None
+    return dx_PD, dgate_up, ddown, dweight_TK
 
 
 def _layout(x_TD: Tensor, dispatch: Dispatch | None, weight_TK: Tensor | None) -> _Layout:
@@ -106,8 +111,10 @@ def _layout(x_TD: Tensor, dispatch: Dispatch | None, weight_TK: Tensor | None) -
     return _Layout(spans, token_N[row_P], weight_P, place_TK)
 
 
-def _rows(x_TD: Tensor, layout: _Layout, first: int, last: int) -> Tensor:
-    return x_TD if layout.token_P is None else x_TD.index_select(0, layout.token_P[first:last])
+def _rows(x_TD: Tensor, layout: _Layout, first: int, last: int, out: Tensor) -> Tensor:
+    if layout.token_P is None:
+        return x_TD
+    return torch.index_select(x_TD, 0, layout.token_P[first:last], out=out[:last - first])
 
 
 def _weights(layout: _Layout, first: int, last: int) -> Tensor | None:
@@ -129,40 +136,50 @@ def _gradient(w: Tensor, layout: _Layout) -> Tensor:
     return dw
 
 
-def _activation(h_n2F: Tensor, weight_n1: Tensor | None) -> Tensor:
-    """weight * silu(gate) * up, in float32, rounded once."""
-    a_nF = h_n2F.new_empty(h_n2F.shape[0], h_n2F.shape[1] // 2)
-    for rows in _blocks(h_n2F):
-        gate, up = _halves(h_n2F[rows])
-        a = F.silu(gate)
-        if weight_n1 is not None:
-            a.mul_(weight_n1[rows])
-        torch.mul(a, up, out=a_nF[rows])
-    return a_nF
+class _Scratch:
+    """Room for the rows of the expert that has most, and for a block of them in float32 (float64)."""
 
+    def __init__(self, x_TD: Tensor, F: int, layout: _Layout):
+        most = max((last - first for _, first, last in layout.spans), default=0)
+        self.F, self.block = F, max(1, min(most, BLOCK // (2 * F)))
+        self.x = x_TD.new_empty(most, x_TD.shape[1])
+        self.h, self.a = x_TD.new_empty(most, 2 * F), x_TD.new_empty(most, F)
+        dtype = at_least_float32(x_TD)
+        self._wide = [torch.empty(self.block, width * F, dtype=dtype, device=x_TD.device) for width in (2, 1, 1, 1)]
 
-def _activation_backward(da_nF: Tensor, h_n2F: Tensor, weight_n1: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """dh, weight * a and <da, a>:  dup = weight da silu(gate),  dgate = weight da up silu'(gate)."""
-    scaled_nF, dh_n2F = torch.empty_like(da_nF), torch.empty_like(h_n2F)
-    dgate_nF, dup_nF = dh_n2F.chunk(2, dim=1)
-    dweight_n = da_nF.new_empty(len(da_nF), dtype=at_least_float32(h_n2F))
-    for rows in _blocks(h_n2F):
-        gate, up = _halves(h_n2F[rows])
-        da, silu = da_nF[rows].to(gate.dtype), F.silu(gate)
-        a = silu * up
-        torch.linalg.vecdot(da, a, out=dweight_n[rows])
-        if weight_n1 is not None:
-            da, a = da * weight_n1[rows], a.mul_(weight_n1[rows])
-        scaled_nF[rows] = a
-        torch.mul(silu, da, out=dup_nF[rows])
-        dgate_nF[rows] = torch.ops.aten.silu_backward(da * up, gate)
-    return dh_n2F, scaled_nF, dweight_n
+    def activation(self, h_n2F: Tensor, weight_n1: Tensor | None, out_nF: Tensor) -> None:
+        """out = weight * silu(gate) * up, in float32, rounded once."""
+        for rows, (gate, up), silu, *_ in self._blocks(h_n2F):
+            torch.ops.aten.silu.out(gate, out=silu)
+            if weight_n1 is not None:
+                silu.mul_(weight_n1[rows])
+            torch.mul(silu, up, out=out_nF[rows])
 
+    def activation_backward(self, da_nF: Tensor, h_n2F: Tensor, weight_n1: Tensor | None, dh_n2F: Tensor,
+                            dweight_n: Tensor) -> None:
+        """dh and dweight = <da, a>; da becomes weight * a:
 
-def _halves(h_n2F: Tensor) -> tuple[Tensor, Tensor]:
-    return h_n2F.to(at_least_float32(h_n2F)).chunk(2, dim=1)
+        dup = weight da silu(gate),  dgate = weight da up silu'(gate),  in float32, each rounded once."""
+        for rows, (gate, up), silu, a, da in self._blocks(h_n2F):
+            torch.ops.aten.silu.out(gate, out=silu)
+            torch.mul(silu, up, out=a)
+            torch.mul(da_nF[rows], a, out=da)
+            torch.sum(da, dim=1, out=dweight_n[rows])
+            if weight_n1 is None:
+                da.copy_(da_nF[rows])
+                da_nF[rows] = a
+            else:
+                torch.mul(da_nF[rows], weight_n1[rows], out=da)
+                torch.mul(a, weight_n1[rows], out=da_nF[rows])
+            torch.mul(silu, da, out=dh_n2F[rows, self.F:])
+            torch.ops.aten.silu_backward.grad_input(da.mul_(up), gate, grad_input=a)
+            dh_n2F[rows, :self.F] = a
 
-
-def _blocks(h_n2F: Tensor) -> list[slice]:
-    n, step = h_n2F.shape[0], max(1, BLOCK // h_n2F.shape[1])
-    return [slice(first, first + step) for first in range(0, n, step)]
+    def _blocks(self, h_n2F: Tensor) -> Iterator[tuple]:
+        """Rows, their (gate, up) in float32, and three tensors of their size to write into."""
+        h, *wide = self._wide
+        for first in range(0, len(h_n2F), self.block):
+            rows = slice(first, min(first + self.block, len(h_n2F)))
+            n = rows.stop - first
+            block = h_n2F[rows] if h_n2F.dtype == h.dtype else h[:n].copy_(h_n2F[rows])
+            yield rows, block.chunk(2, dim=1), *(t[:n] for t in wide)
