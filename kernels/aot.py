@@ -23,7 +23,6 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from functools import cache
 from multiprocessing import get_context
 from os import cpu_count, environ
 from pathlib import Path
@@ -255,23 +254,32 @@ def _read(build: Build, compiled) -> Outcome:
                               for word in ("vgpr_count", "vgpr_spill_count"))
         return Outcome(build, registers, 4 * spilled, shared, matrix=text.count("v_mfma"))
     ptx, usage = compiled.asm["ptx"], _usage(compiled.asm["cubin"])
-    # Everything Triton puts on a stack is a spill: its kernels have no arrays.
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
-    return Outcome(build, registers, stack, shared, matrix=ptx.count(build.matrix) if build.matrix else 0,
+    spilled = _spilled(ptx, build.architecture) if stack else 0  # what spills is on the stack, with little else
+    return Outcome(build, registers, spilled, shared, matrix=ptx.count(build.matrix) if build.matrix else 0,
                    tma=ptx.count("cp.async.bulk.tensor"), async_copies=len(re.findall(r"cp\.async\.c[ag]", ptx)))
 
 
 def _usage(cubin: bytes) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+    return _ask("cuobjdump", "--dump-resource-usage", content=cubin)
+
+
+def _spilled(ptx: str, architecture: str) -> int:
+    """Bytes that the assembler stores to get registers free."""
+    assembler = "ptxas-blackwell" if architecture == "sm_100" else "ptxas"
+    target = architecture if architecture == "sm_80" else f"{architecture}a"
+    said = _ask(assembler, "-v", f"--gpu-name={target}", "-o", "/dev/null", content=ptx.encode())
+    return int(re.search(r"(\d+) bytes spill stores", said)[1])
+
+
+def _ask(tool: str, *arguments: str, content: bytes) -> str:
+    """What one of the tools that come with Triton says of a file."""
+    path = Path(triton.backends.nvidia.__file__).parent / "bin" / tool
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
         file.flush()
-        return subprocess.run([_cuobjdump(), "--dump-resource-usage", file.name], capture_output=True, text=True,
-                              check=True).stdout
-
-
-@cache
-def _cuobjdump() -> Path:
-    return Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+        done = subprocess.run([path, *arguments, file.name], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
 
 
 def _judged(outcome: Outcome) -> Outcome:

@@ -30,8 +30,8 @@ from kernels.triton_backend import launch
 # Tokens and columns of D in a block, by the (padded) number of slots up to which they hold. Of `choose` as many tokens
 # as compile for bfloat16 on sm_80, sm_90 and gfx942 without spilling, because every block reads the whole table. Not
 # timed on a GPU yet.
-CHOOSE = {32: (64, 64), 128: (64, 32), 256: (32, 32), math.inf: (16, 32)}
-CHOOSE_BACKWARD = {64: 32, 128: 16, math.inf: 8}  # tokens only
+CHOOSE = {32: (64, 64), 128: (64, 32), math.inf: (16, 32)}
+CHOOSE_BACKWARD = {32: 32, 64: 8, 128: 16, math.inf: 8}  # tokens only
 INPUT_GRADIENT = dict(BLOCK_T=128, BLOCK_D=64)
 TABLE_GRADIENT = {64: (64, 64), 128: (32, 64), math.inf: (32, 32)}
 NUM_WARPS = {32: 4, math.inf: 8}
