@@ -11,11 +11,14 @@ import kernels
 from benchmarks import gpu_checks, gpu_suite
 from benchmarks.gpu_checks import DEVICE_LOST
 from benchmarks.gpu_suite import Outcome, Suite, summary
+from benchmarks.records import append
 
 
 @pytest.fixture
 def suite(tmp_path):
-    return Suite(tmp_path / "out", time.monotonic() + 600)
+    made = Suite(tmp_path / "out", time.monotonic() + 600)
+    (made.folder / "environment.json").write_text(json.dumps({"device": "d", "versions": {}, "commit": None}))
+    return made
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -61,16 +64,40 @@ def test_checks_of_bits_find_what_differs(monkeypatch):
         assert not gpu_checks.run(name, check)["ok"], name
 
 
-def test_a_part_that_hangs_is_ended_with_what_it_has_printed(suite):
-    code = "import time; print('begun', flush=True); time.sleep(60)"
-    status, seconds = suite.process("slow", [sys.executable, "-c", code], limit=1.0)
-    assert status is None and seconds < 20 and "begun" in suite.log.read_text()
+def test_a_part_that_hangs_is_interrupted_and_ended_with_what_it_has_printed(suite, monkeypatch):
+    monkeypatch.setattr(gpu_suite, "GRACE", 0.5)
+    code = """import time
+print('begun')
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print('found', flush=True)
+time.sleep(60)"""
+    status, seconds = suite.process("slow", [sys.executable, "-c", code], limit=2.0)
+    assert status is None and seconds < 20 and suite.last["slow"] == "found"
+    assert "slow| begun\nslow| found\nslow| status None" in suite.log.read_text()
 
 
-def test_last_line(suite):
-    suite.process("tests", [sys.executable, "-c", "print('a'); print('=== 3 passed in 2.0 s ===')"], limit=20)
+def test_the_log_is_written_while_a_part_runs(suite):
+    code = f"print('begun')\nwhile 'slow| begun' not in open({str(suite.log)!r}).read(): pass"
+    assert suite.process("slow", [sys.executable, "-c", code], limit=30)[0] == 0
+
+
+def test_the_log_has_an_end(suite, monkeypatch):
+    monkeypatch.setattr(gpu_suite, "LARGEST_LOG", 1000)
+    suite.process("loud", [sys.executable, "-c", "for i in range(200): print(i, 'of many lines')"], limit=20)
+    assert 1000 <= suite.log.stat().st_size < 1100 and suite.last["loud"] == "199 of many lines"
+
+
+def test_the_last_line_of_a_part(suite):
+    suite.process("tests", [sys.executable, "-c", "print('a'); print('=== 3 passed in 2.0 s ==='); print()"], limit=20)
     suite.process("other", [sys.executable, "-c", "print('b')"], limit=20)
-    assert suite.last_line("tests") == "3 passed in 2.0 s"
+    assert suite.last == {"tests": "=== 3 passed in 2.0 s ===", "other": "b"}
+
+
+def test_the_test_that_is_left_out_exists():
+    path, name = gpu_suite.OF_THE_CPU.split("::")
+    assert f"def {name}(" in (gpu_suite.ROOT / path).read_text()
 
 
 def test_checks_go_on_behind_what_dies(suite, monkeypatch):
@@ -83,29 +110,34 @@ def test_checks_go_on_behind_what_dies(suite, monkeypatch):
     def process(part, command, limit):
         if "experts" not in part:
             return 0, 0.0
-        path, first = command[command.index("--out") + 1], int(command[-1])
+        first = int(command[-1])
         written, status = script.pop(0)
         assert names[first] == written[0].split()[0]
-        with open(path, "a") as file:
-            for line in written:
-                name, verdict = line.split()
-                file.write(json.dumps({"check": name, "ok": verdict == "ok", "detail": "", "seconds": 0}) + "\n")
+        assert command[command.index("--out") + 1] == str(suite.checked)
+        for line in written:
+            name, verdict = line.split()
+            append(suite.checked, {"check": name, "ok": verdict == "ok", "detail": "", "seconds": 0})
         return status, 0.0
 
     monkeypatch.setattr(suite, "process", process)
     outcome = suite.checks(100.0)
-    assert [(line["check"], line["ok"]) for line in suite.checked] == [
+    lines = gpu_suite.read(suite.checked)
+    assert [(line["check"], line["ok"]) for line in lines] == [
         ("a", True), ("b", False), ("c", True), ("d", False), ("e", True)]
     assert outcome.status == "failed" and outcome.detail == "3 of 5 passed"
-    assert "SIGKILL" in suite.checked[3]["detail"]
+    assert "SIGKILL" in lines[3]["detail"]
 
 
 @pytest.mark.parametrize("status, lines, want", [
     (0, 1, "ok"), (1, 1, "failed"), (None, 0, "out of time"), (2, 0, "failed"),
 ])
 def test_status_of_the_checks(suite, monkeypatch, status, lines, want):
-    monkeypatch.setattr(suite, "group", lambda group, limit: (
-        status, [{"check": group, "ok": True, "detail": "", "seconds": 0}] * lines))
+    def of_group(group, limit):
+        for _ in range(lines):
+            append(suite.checked, {"check": group, "ok": True, "detail": "", "seconds": 0})
+        return status
+
+    monkeypatch.setattr(suite, "group", of_group)
     assert suite.checks(100.0).status == want
 
 
@@ -118,6 +150,7 @@ def test_a_part_that_breaks_does_not_stop_the_others(suite, monkeypatch, capsys)
     outcomes = suite.run(["experts", "checks", "router"])
     assert [(o.part, o.status) for o in outcomes] == [("checks", "failed"), ("experts", "ok"), ("router", "ok")]
     assert "RuntimeError: broken" in capsys.readouterr().out
+    assert "RuntimeError: broken" in (suite.folder / "summary.txt").read_text()
 
 
 def test_no_time_left(tmp_path):
@@ -150,14 +183,14 @@ def test_summary(suite):
         base | {"against": "transformers qwen3 eager", "speedup": 2.0, "memory_ratio": 0.5}])
     rows_of(suite.folder, "router", [
         base | {"op": "router: softmax", "us": 12.3, "pass": "forward", "launch": "graph"}])
-    checked = [{"check": "a", "ok": True, "detail": ""}, {"check": "b", "ok": False, "detail": "wrong"}]
-    text = summary(suite.folder, [Outcome("checks", "failed", 3.0, "1 of 2 passed")], checked)
+    rows_of(suite.folder, "checks", [
+        {"check": "a", "ok": True, "detail": ""}, {"check": "b", "ok": False, "detail": "wrong"}])
+    text = summary(suite.folder, [Outcome("checks", "failed", 3.0, "1 of 2 passed")])
     for part in ("a GPU, driver 1, torch 2, triton 3, commit abc", "FAIL b: wrong", "350 (50 %)", "zipf 1.25",
                  "2.00 times as fast, 50 % of P, 0.50 of its memory (qwen3 eager)", "(triton) 12/- (-/-)"):
         assert part in text, part
 
 
 def test_a_long_summary_is_cut(suite):
-    (suite.folder / "environment.json").write_text(json.dumps({"device": "d", "versions": {}, "commit": None}))
-    text = summary(suite.folder, [Outcome("checks", "ok", 1.0)] * 100, [])
+    text = summary(suite.folder, [Outcome("checks", "ok", 1.0)] * 100)
     assert len(text.splitlines()) == gpu_suite.LONGEST and "42 more lines" in text
