@@ -109,10 +109,13 @@ def _of_experts(architecture: str) -> Iterator[Build]:
         for left in (True, False) if entry.product == "weight_gradient" else (False,):
             for variant in ("", "odd", "dense") if entry.max_rows is None else ("",):
                 yield _grouped(architecture, entry, left, variant)
+            if entry.product == "up":
+                yield _grouped(architecture, entry, left, "inference")
 
 
 def _grouped(architecture: str, entry: Configuration, left: bool, variant: str) -> Build:
-    """left: which side of a weight gradient is gathered. Variant: "odd", "dense" (no dispatch, no weights) or ""."""
+    """left: which side of a weight gradient is gathered. Variant: "odd", "dense" (no dispatch, no weights),
+    "inference" (h is not kept) or ""."""
     odd = variant == "odd"
     scalar = "bf16" if entry.kind == "half" else "fp32"
     tma = entry.tma and scalar == "bf16" and not odd
@@ -138,6 +141,8 @@ def _grouped(architecture: str, entry: Configuration, left: bool, variant: str) 
     arguments = getattr(grouped_gemm, kernel).arg_names
     if variant == "dense":
         constants |= {name: None for name in ("token_ptr", "weight_ptr", "partial_ptr") if name in arguments}
+    if variant == "inference":
+        constants["h_ptr"] = None
     types = {name: types.get(name, pointer if name.endswith("_ptr") else "i32")
              for name in arguments if name not in constants}
     label = f"{entry.product if kernel == 'rows' else ''} {scalar} {m}x{n}x{k} {entry.num_warps}w {entry.num_stages}s"
@@ -176,16 +181,18 @@ def _of_dispatch(architecture: str) -> Iterator[Build]:
         sizes = {"WIDTH": width, "BLOCK": dispatch.block_of(width)}
         for kernel, constants in (
                 ("_count", sizes), ("_scan", {"CHUNK": dispatch.CHUNK}), ("_scatter", {**sizes, "K": 8}),
-                ("_tiles", {"WIDTH": width, "CHUNK": dispatch.TILES_CHUNK})):
+                ("_tiles", {"WIDTH": width, "CHUNK": dispatch.TILES_CHUNK}), ("_longest_first", {"WIDTH": width})):
             yield _simple(dispatch, kernel, f"E {experts}", architecture, constants,
                           {"num_warps": 8} if "BLOCK" in constants else {}, pointer="*i32")
 
 
 def _of_combine(architecture: str) -> Iterator[Build]:
     types = {"weight_ptr": "*fp32", "row_ptr": "*i32", "dweight_ptr": "*fp32"}
-    for kernel in ("_forward", "_backward"):
-        constants = {"K": 8, "BLOCK_D": combine.MAX_BLOCK_D}
-        yield _simple(combine, kernel, "bf16 K 8", architecture, constants, combine.options(combine.MAX_BLOCK_D),
+    absent = {"weight_ptr": None, "base_ptr": None}  # as the sum of experts' gradients has it
+    for kernel, label, without in (("_forward", "bf16 K 8", {}), ("_forward", "bf16 K 8 plain", absent),
+                                   ("_backward", "bf16 K 8", {})):
+        constants = {"K": 8, "BLOCK_D": combine.MAX_BLOCK_D, **without}
+        yield _simple(combine, kernel, label, architecture, constants, combine.options(combine.MAX_BLOCK_D),
                       pointer="*bf16", types=types)
 
 

@@ -29,7 +29,7 @@ def attention(q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, documents: Documents,
               scale: float | None = None, window: int | None = None) -> Tensor:
     """Return out_THC. `scale` None is C ** -0.5; `window` w lets a query see itself and w - 1 before it."""
     _check(q_THC, k_TGC, v_TGC, documents, scale, window)
-    if backend.choose(q_THC) == "reference":
+    if backend.choose(q_THC, in_triton=False) == "reference":
         return reference.attention(q_THC, k_TGC, v_TGC, documents, scale=scale, window=window)
     return _attention(q_THC, k_TGC, v_TGC, documents, scale, window)
 

@@ -42,10 +42,11 @@ def combine(y_ND: Tensor, weight_TK: Tensor, row_TK: Tensor) -> Tensor:
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y_ND, weight_TK, row_TK):
+        y_ND, weight_TK, row_TK = y_ND.contiguous(), weight_TK.contiguous(), row_TK.contiguous()
         ctx.save_for_backward(y_ND, weight_TK, row_TK)
-        if backend.choose(y_ND) == "triton":
-            from kernels.triton_backend import combine as implementation
-            return implementation.forward(y_ND.contiguous(), weight_TK.contiguous(), row_TK.contiguous())
+        ctx.in_triton = backend.choose(y_ND) == "triton"
+        if ctx.in_triton:
+            return _triton().forward(y_ND, weight_TK, row_TK)
         acc_TD = None
         for k in range(row_TK.shape[1]):
             y_TD = y_ND.index_select(0, row_TK[:, k]) * weight_TK[:, k, None]  # float32, as the weight is
@@ -56,11 +57,9 @@ class _Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout_TD):
         y_ND, weight_TK, row_TK = ctx.saved_tensors
-        if backend.choose(y_ND) == "triton":
-            from kernels.triton_backend import combine as implementation
-            dy_ND, dweight_TK = implementation.backward(
-                dout_TD.contiguous(), y_ND.contiguous(), weight_TK.contiguous(), row_TK.contiguous())
-            return dy_ND, dweight_TK, None  # y, weight, row
+        if ctx.in_triton:
+            gradients = _triton().backward(dout_TD.contiguous(), y_ND, weight_TK, row_TK, ctx.needs_input_grad[:2])
+            return *gradients, None  # y, weight; row
         dout = dout_TD.to(weight_TK.dtype)
         dy_ND = torch.empty_like(y_ND) if ctx.needs_input_grad[0] else None
         dweight_TK = torch.empty_like(weight_TK) if ctx.needs_input_grad[1] else None
@@ -71,3 +70,8 @@ class _Combine(torch.autograd.Function):
             if dweight_TK is not None:
                 dweight_TK[:, k] = (dout * y_ND.index_select(0, row_T)).sum(dim=1)
         return dy_ND, dweight_TK, None  # y, weight, row
+
+
+def _triton():
+    from kernels.triton_backend import combine
+    return combine

@@ -23,7 +23,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     checks.shape("weight", weight_D, "D", x_TD.shape[-1])
     checks.floating(x=x_TD, weight=weight_D)
     checks.same_device(x=x_TD, weight=weight_D)
-    if backend.choose(x_TD) == "reference":
+    if backend.choose(x_TD, in_triton=False) == "reference":
         return reference.rms_norm(x_TD, weight_D, eps)
     return _RMSNorm.apply(x_TD, weight_D, eps)
 

@@ -42,7 +42,7 @@ def rope(q_THC: Tensor, k_TGC: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[
         checks.dtype(name, table, torch.float32, torch.float64)
     checks.floating(q=q_THC, k=k_TGC)
     checks.same_device(q=q_THC, k=k_TGC, cos=cos_TR, sin=sin_TR)
-    if backend.choose(q_THC) == "reference":
+    if backend.choose(q_THC, in_triton=False) == "reference":
         return reference.rope(q_THC, k_TGC, cos_TR, sin_TR)
     return _Rope.apply(q_THC, cos_TR, sin_TR), _Rope.apply(k_TGC, cos_TR, sin_TR)
 

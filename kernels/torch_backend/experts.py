@@ -87,7 +87,7 @@ def backward(dout_TD: Tensor, x_TD: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: 
 def _layout(x_TD: Tensor, dispatch: Dispatch | None, weight_TK: Tensor | None) -> _Layout:
     T, device = x_TD.shape[0], x_TD.device
     if dispatch is None:
-        offset, token_N, row_TK = torch.tensor([0, T]), None, None
+        offset, token_N, row_TK = torch.tensor([0, T], device=device), None, None
     else:
         offset, token_N, row_TK = dispatch.offset.long(), dispatch.token_N, dispatch.row_TK.long()
     count_E = offset.diff()
@@ -98,14 +98,14 @@ def _layout(x_TD: Tensor, dispatch: Dispatch | None, weight_TK: Tensor | None) -
     spans = [(e, *span) for e, span in enumerate(zip(edges, edges[1:], strict=False)) if span[0] < span[1]]
     if dispatch is None and T % multiple == 0:
         return _Layout(spans, None, None, None)
-    expert_P = torch.arange(len(count_E), device=device).repeat_interleave(padded_E)
+    expert_P = torch.arange(len(count_E), device=device).repeat_interleave(padded_E, output_size=edges[-1])
     number_P = torch.arange(edges[-1], device=device) - edge[expert_P]  # within its expert
     live_P = number_P < count_E[expert_P]
     row_P = offset[expert_P] + number_P * live_P
     weight_P = live_P.to(at_least_float32(x_TD))
     if dispatch is None:
         return _Layout(spans, row_P, weight_P, None)
-    expert_N = torch.arange(len(count_E), device=device).repeat_interleave(count_E)
+    expert_N = torch.arange(len(count_E), device=device).repeat_interleave(count_E, output_size=row_TK.numel())
     place_TK = (row_TK + (edge[:-1] - offset[:-1])[expert_N][row_TK]).int()
     weight_P[place_TK.flatten().long()] = weight_TK.flatten().to(weight_P.dtype)
     return _Layout(spans, token_N[row_P], weight_P, place_TK)

@@ -5,9 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triton_backend.launch import on_its_device
+
 MAX_BLOCK_D = 2048  # columns of one program: 8 elements a thread with 8 warps, so 16-byte loads of half precision
 
 
+@on_its_device
 def forward(y_ND: Tensor, weight_TK: Tensor | None, row_TK: Tensor, base_TD: Tensor | None = None) -> Tensor:
     """base + sum over k of weight * y; weight None means ones, base None zeros."""
     (T, K), D = row_TK.shape, y_ND.shape[1]
@@ -19,11 +22,15 @@ def forward(y_ND: Tensor, weight_TK: Tensor | None, row_TK: Tensor, base_TD: Ten
     return out_TD
 
 
-def backward(dout_TD: Tensor, y_ND: Tensor, weight_TK: Tensor, row_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of y and weight; every row of y belongs to one (token, k), so nothing is added up in memory."""
+@on_its_device
+def backward(dout_TD: Tensor, y_ND: Tensor, weight_TK: Tensor, row_TK: Tensor,
+             needs: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of y and weight, each where it is needed. Every row of y belongs to one (token, k), so nothing is added
+    up in memory."""
     (T, K), D = row_TK.shape, y_ND.shape[1]
-    dy_ND, dweight_TK = torch.empty_like(y_ND), torch.empty_like(weight_TK)
-    if dweight_TK.numel() > 0:
+    dy_ND = torch.empty_like(y_ND) if needs[0] else None
+    dweight_TK = torch.empty_like(weight_TK) if needs[1] else None
+    if T > 0:
         block_d = min(MAX_BLOCK_D, triton.next_power_of_2(D))
         _backward[(T, K)](dout_TD, y_ND, weight_TK, row_TK, dy_ND, dweight_TK, D, K=K, BLOCK_D=block_d,
                           **options(block_d))
@@ -64,8 +71,8 @@ def _backward(
     y_ptr,  # (N, D)
     weight_ptr,  # (T, K) float32
     row_ptr,  # (T, K) int32, a row of y
-    dy_ptr,  # (N, D) written
-    dweight_ptr,  # (T, K) float32 written
+    dy_ptr,  # (N, D) written; None: not wanted
+    dweight_ptr,  # (T, K) float32 written; None: not wanted
     D, K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """Grid (T, K): one program writes one row of dy and one weight's gradient."""
@@ -76,6 +83,9 @@ def _backward(
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         dout = tl.load(dout_ptr + t * D + d, mask=d < D, other=0.0).to(tl.float32)
-        acc += dout * tl.load(y_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
-        tl.store(dy_ptr + row * D + d, (weight * dout).to(dy_ptr.dtype.element_ty), mask=d < D)
-    tl.store(dweight_ptr + t * K + k, tl.sum(acc))
+        if dweight_ptr is not None:
+            acc += dout * tl.load(y_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+        if dy_ptr is not None:
+            tl.store(dy_ptr + row * D + d, (weight * dout).to(dy_ptr.dtype.element_ty), mask=d < D)
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + t * K + k, tl.sum(acc))

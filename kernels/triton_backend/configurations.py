@@ -3,12 +3,11 @@
     configs/ARCHITECTURE.json   sm_80, sm_90, sm_100, gfx942, interpreter: what runs where nothing was measured
     configs/DEVICE.json         written by `python -m kernels.tune` on that device: date, shapes, times
 
-A file is chosen by the device's name, else by its architecture (of one that is not listed: the nearest older). Its
+A file is chosen by the device's name, else by its architecture, else by one whose code runs there too (`older`). Its
 entries are tried in order; the first whose product, kind of float, widths and rows per expert fit is taken.
 
-Bits: a row's sum runs over k in steps of block_k. So block_k is one for all entries of the same product, kind and
-widths, however many rows or experts there are, and so is block_n of down_backward, which adds up <da, a> column tile by
-column tile (checked when a file is read): how many others there are must not show in any bit.
+Bits: in which order the numbers of a row are added up (`Configuration.order`) must not depend on how many rows or
+experts there are, so all entries that can meet the same widths have one order; checked when a file is read.
 
 POLYCLINIC_CONFIGS names another file for the whole process.
 """
@@ -48,6 +47,17 @@ class Configuration:
     depth: int | None = None  # applies to sums this long; None: to all
     max_rows: int | None = None  # applies up to this mean number of rows per expert; None: to any
 
+    @property
+    def order(self) -> tuple[int, ...]:
+        """What decides in which order the numbers of a row are added up. <da, a> of down_backward is added up over the
+        columns of a tile, by threads that share its rows as block_m / num_warps says."""
+        if self.product == "down_backward":
+            return self.block_k, self.block_n, self.block_m // self.num_warps
+        return (self.block_k,)
+
+    def fits(self, columns: int | None, depth: int | None) -> bool:
+        return self.columns in (None, columns) and self.depth in (None, depth)
+
     def constants(self) -> dict[str, int | bool]:
         """The names under which kernels know them."""
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
@@ -74,8 +84,8 @@ def kind(dtype: torch.dtype) -> str:
 @functools.lru_cache(maxsize=4096)
 def _choose(path: Path, product: str, kind: str, columns: int, depth: int, rows: int) -> Configuration:
     for entry in load(path):
-        if (entry.product == product and entry.kind == kind and entry.columns in (None, columns)
-                and entry.depth in (None, depth) and (entry.max_rows is None or rows <= entry.max_rows)):
+        if (entry.product == product and entry.kind == kind and entry.fits(columns, depth)
+                and (entry.max_rows is None or rows <= entry.max_rows)):
             return entry
     raise ValueError(f"{path} has no configuration of {product} in {kind} for {columns} columns: want one for any")
 
@@ -102,11 +112,13 @@ def device_name(device: torch.device) -> str:
 
 
 def older(name: str) -> list[str]:
-    """The architectures before this one for which there is a file, newest first; none for AMD's."""
+    """The architectures whose configurations run on this one too, for which there is a file: of the same generation,
+    which has the same instructions and as much shared memory; then the first that all later ones contain."""
     if not name.startswith("sm_"):
         return []
-    known = [int(path.stem[3:]) for path in FOLDER.glob("sm_*.json")]
-    return [f"sm_{n}" for n in sorted(known, reverse=True) if n < int(name[3:])]
+    number = int(name[3:])
+    known = sorted((int(path.stem[3:]) for path in FOLDER.glob("sm_*.json")), reverse=True)
+    return [f"sm_{n}" for n in known if n < number and (n // 10 == number // 10 or n == known[-1])]
 
 
 @functools.cache
@@ -121,13 +133,21 @@ def load(path: Path) -> tuple[Configuration, ...]:
 
 
 def check(entries: Iterable[Configuration], where: str) -> None:
-    """ValueError where two entries would let the number of rows decide in which order a sum runs."""
-    seen: dict[tuple, tuple[int, ...]] = {}
+    """ValueError where the number of rows would decide in which order a sum runs: see Bits above."""
+    entries = list(entries)
     for entry in entries:
         if entry.product not in PRODUCTS:
             raise ValueError(f"{where}: product {entry.product!r}: want one of {', '.join(PRODUCTS)}")
-        key = (entry.product, entry.kind, entry.columns, entry.depth)
-        order = (entry.block_k, entry.block_n) if entry.product == "down_backward" else (entry.block_k,)
-        if seen.setdefault(key, order) != order:
-            raise ValueError(f"{where}: blocks of {entry.product} in {entry.kind} are {order} and {seen[key]}, which "
-                             "sum in different orders: want one, whatever the number of rows")
+    for product, kind, columns, depth in {(e.product, e.kind, e.columns, e.depth) for e in entries}:
+        met, rows = [], 0  # the entries that some number of rows leads to, as _choose does
+        for entry in entries:
+            if entry.product == product and entry.kind == kind and entry.fits(columns, depth):
+                if entry.max_rows is None or entry.max_rows > rows:
+                    met.append(entry)
+                if entry.max_rows is None:
+                    break
+                rows = max(rows, entry.max_rows)
+        orders = {entry.order for entry in met}
+        if len(orders) > 1:
+            raise ValueError(f"{where}: {product} in {kind} adds up in the orders {sorted(orders)} (block_k, ...), by "
+                             "the number of rows: want one")

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.reference import Dispatch
+from kernels.triton_backend.launch import on_its_device
 
 MARKS = 16384  # marks in one program's table of (row, expert): 64 registers a thread with 8 warps
 CHUNK = 1024  # counts that one program of the prefix sum reads at a time
@@ -25,9 +26,9 @@ class Tiles(NamedTuple):
     expert: Tensor  # int32 [N // block + min(E, N)]
     first: Tensor  # int32, the same: a tile's first row
     count: Tensor  # int32 [1]: how many of them there are
-    order: Tensor  # int32 [E]: the experts, those with most rows first, equals in order
 
 
+@on_its_device
 def dispatch(expert_TK: Tensor, num_experts: int) -> Dispatch:
     """As kernels.dispatch; ids out of range leave the tables undefined, but read and write nothing outside."""
     T, K = expert_TK.shape
@@ -59,10 +60,17 @@ def tiles(offset: Tensor, num_rows: int, block: int) -> Tiles:
     """Tiles of at most `block` of the rows that `offset` [E + 1] cuts; num_rows at least 1."""
     E = offset.numel() - 1
     bound = num_rows // block + min(E, num_rows)
-    expert, first, count, order = (offset.new_empty(n) for n in (bound, bound, 1, E))
-    _tiles[(E,)](offset, expert, first, count, order, E, block, WIDTH=triton.next_power_of_2(E),
-                 CHUNK=TILES_CHUNK)
-    return Tiles(expert, first, count, order)
+    expert, first, count = (offset.new_empty(n) for n in (bound, bound, 1))
+    _tiles[(E,)](offset, expert, first, count, E, block, WIDTH=triton.next_power_of_2(E), CHUNK=TILES_CHUNK)
+    return Tiles(expert, first, count)
+
+
+def longest_first(offset: Tensor) -> Tensor:
+    """The experts, int32 [E], those with most rows first, equals in order."""
+    E = offset.numel() - 1
+    order = offset.new_empty(E)
+    _longest_first[(E,)](offset, order, E, WIDTH=triton.next_power_of_2(E))
+    return order
 
 
 @triton.jit
@@ -133,7 +141,6 @@ def _tiles(
     offset_ptr,  # (E + 1) int32
     expert_ptr, first_ptr,  # (bound) int32 written, as far as there are tiles
     count_ptr,  # (1) int32 written
-    order_ptr,  # (E) int32 written
     E, block, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
 ):
     """Grid (E,): one program writes the tiles of one expert, after those of all before it."""
@@ -149,7 +156,20 @@ def _tiles(
         i = start + tl.arange(0, CHUNK)
         tl.store(expert_ptr + before + i, mine, mask=i < my_num)
         tl.store(first_ptr + before + i, my_first + i * block, mask=i < my_num)
-    ahead = (rows > my_rows) | ((rows == my_rows) & (e < mine))
-    tl.store(order_ptr + tl.sum(tl.where((e < E) & ahead, 1, 0)), mine)
     if mine == 0:
         tl.store(count_ptr, tl.sum(num))
+
+
+@triton.jit
+def _longest_first(
+    offset_ptr,  # (E + 1) int32
+    order_ptr,  # (E) int32 written
+    E, WIDTH: tl.constexpr,
+):
+    """Grid (E,): an expert's place is the number of those that go before it."""
+    mine = tl.program_id(0)
+    e = tl.arange(0, WIDTH)
+    rows = tl.load(offset_ptr + 1 + e, mask=e < E, other=0) - tl.load(offset_ptr + e, mask=e < E, other=0)
+    my_rows = tl.load(offset_ptr + mine + 1) - tl.load(offset_ptr + mine)
+    ahead = (rows > my_rows) | ((rows == my_rows) & (e < mine))
+    tl.store(order_ptr + tl.sum(tl.where((e < E) & ahead, 1, 0)), mine)

@@ -6,6 +6,8 @@
 y and dx of every row are scratch; only x and h are kept between the two. The kernels are in grouped_gemm.py.
 """
 
+import math
+
 import torch
 import triton
 from torch import Tensor
@@ -14,16 +16,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kernels.reference import Dispatch
 from kernels.triton_backend import combine, grouped_gemm
 from kernels.triton_backend.configurations import Configuration, choose
-from kernels.triton_backend.dispatch import Tiles, tiles
-from kernels.triton_backend.launch import exact, num_processors
+from kernels.triton_backend.dispatch import Tiles, longest_first, tiles
+from kernels.triton_backend.launch import exact, num_processors, on_its_device
 
 ALIGNMENT = 16  # bytes; of what a tensor descriptor describes: its base and all strides but the last
 
 
+@on_its_device
 def forward(x_TD: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor, dispatch: Dispatch | None,
             weight_TK: Tensor | None, base_TD: Tensor | None, keep_h: bool) -> tuple[Tensor, list[Tensor]]:
     """out_TD, and [h] if it is to be kept."""
-    rows = _Rows(x_TD, w_down_EDF, dispatch)
+    rows = Rows(x_TD, w_down_EDF, dispatch)
     F, N = w_down_EDF.shape[2], rows.num
     if N == 0:
         out_TD = torch.zeros_like(x_TD) if base_TD is None else base_TD.clone()
@@ -36,11 +39,12 @@ def forward(x_TD: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor, dispatch: 
     return combine.forward(y_ND, weight_TK, dispatch.row_TK, base_TD), [h_N2F] if keep_h else []
 
 
+@on_its_device
 def backward(dout_TD: Tensor, x_TD: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor, dispatch: Dispatch | None,
              weight_TK: Tensor | None, kept: list[Tensor], needs: tuple[bool, bool, bool, bool]) -> tuple:
     """Gradients of x, w_gate_up, w_down and weight, each where it is needed."""
     needs_x, needs_gate_up, needs_down, needs_weight = needs
-    rows = _Rows(x_TD, w_down_EDF, dispatch)
+    rows = Rows(x_TD, w_down_EDF, dispatch)
     if rows.num == 0:
         zeros = (torch.zeros_like(t) if need else None
                  for t, need in zip((x_TD, w_gate_up_E2FD, w_down_EDF, weight_TK), needs, strict=True))
@@ -60,7 +64,7 @@ def backward(dout_TD: Tensor, x_TD: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: 
     return dx, dgate_up, ddown, dweight
 
 
-class _Rows:
+class Rows:
     """The routed rows of one call: their tables, and the products over them."""
 
     def __init__(self, x_TD: Tensor, w_down_EDF: Tensor, dispatch: Dispatch | None):
@@ -72,6 +76,7 @@ class _Rows:
         else:
             self.num, self.token_N, self.offset = dispatch.token_N.numel(), dispatch.token_N, dispatch.offset
         self._tiles: dict[int, Tiles] = {}
+        self._order: Tensor | None = None
 
     def up(self, x_TD, w_gate_up_E2FD, h_N2F, a_NF) -> None:
         E, twice_F, D = w_gate_up_E2FD.shape
@@ -126,9 +131,10 @@ class _Rows:
         config = self._choose("weight_gradient", left, columns, M)
         dw = torch.empty_like(w)
         grid = (triton.cdiv(M, config.block_m) * triton.cdiv(columns, config.block_n), E)
-        order = next(iter(self._tiles.values())).order  # that of any tiles: it does not depend on their size
+        if self._order is None:
+            self._order = longest_first(self.offset)
         grouped_gemm.weight_gradient[grid](
-            left, right, self.token_N, self.offset, order, dw, M, columns, LEFT_GATHERED=left_gathered,
+            left, right, self.token_N, self.offset, self._order, dw, M, columns, LEFT_GATHERED=left_gathered,
             RIGHT_GATHERED=not left_gathered, EXACT=exact(left), **config.constants(),
             **config.options(gathered=self.token_N is not None))
         return dw
@@ -154,4 +160,6 @@ def _describable(*tensors: Tensor) -> bool:
 
 
 def _descriptor(tensor: Tensor, *block: int) -> TensorDescriptor:
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block))
+    """Of a packed tensor, whose own strides may be anything where a size is 1."""
+    strides = [math.prod(tensor.shape[axis + 1:]) for axis in range(tensor.dim())]
+    return TensorDescriptor(tensor, list(tensor.shape), strides, list(block))

@@ -1,6 +1,7 @@
 """What a launch needs to know of the device it runs on."""
 
 import functools
+from collections.abc import Callable
 
 import torch
 import triton
@@ -24,6 +25,15 @@ def architecture(device: torch.device) -> str:
 def num_processors(device: torch.device) -> int:
     """Streaming multiprocessors; few under the interpreter, so that each program walks several tiles."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def on_its_device(launcher: Callable) -> Callable:
+    """Run with the device of the first argument as the current one: Triton launches on that, whatever it is given."""
+    @functools.wraps(launcher)
+    def run(first: Tensor, *rest, **named):
+        with torch.cuda.device_of(first):
+            return launcher(first, *rest, **named)
+    return run
 
 
 def exact(x: Tensor) -> bool:

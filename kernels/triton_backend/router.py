@@ -88,6 +88,7 @@ def _product(dtype: torch.dtype, architecture: str) -> str:
     return "tf32x3" if dtype == torch.float16 and not architecture.startswith("gfx") else "ieee"
 
 
+@launch.on_its_device
 def forward(x_TD: Tensor, table_SD: Tensor, bias_S: Tensor, present_S: Tensor, gate: Gate,
             selection_bias_S: Tensor | None) -> Route:
     (T, D), S = x_TD.shape, table_SD.shape[0]
@@ -106,6 +107,7 @@ def forward(x_TD: Tensor, table_SD: Tensor, bias_S: Tensor, present_S: Tensor, g
     return Route(slot_TK, weight_TK, logits_TS, count_S, share_S, z_loss)
 
 
+@launch.on_its_device
 def backward(x_TD: Tensor, table_SD: Tensor, bias_S: Tensor, present_S: Tensor, slot_TK: Tensor, weight_TK: Tensor,
              logits_TS: Tensor, gate: Gate, gradients: tuple[Tensor | None, ...],
              needs: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:

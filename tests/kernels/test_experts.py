@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kernels
-from kernels import reference
+from kernels import backend, reference
 from kernels.testing import (
     assert_as_exact_as,
     expert_choice,
@@ -135,13 +135,20 @@ def test_repeats_bit_for_bit(dtype, device):
 
 
 def test_takes_strided_inputs(implementation, device):
-    """x and a matrix as transposed views, and an upstream gradient expanded from a scalar."""
-    _, w_gate_up, _, *rest = experts_inputs(20, 2, 16, 24, 4, torch.float32, device)
-    x_DT = normal(16, 20, dtype=torch.float32, device=device, seed=5)
-    w_down_FD = normal(4, 24, 16, dtype=torch.float32, device=device, seed=6)
-    got, want = (torch.autograd.grad(f(x_DT.T, w_gate_up, w_down_FD.mT, *rest).sum(), (x_DT, w_gate_up, w_down_FD))
-                 for f in (kernels.experts, reference.experts))
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    """Everything as transposed views, base as one row for all, and an upstream gradient expanded from a scalar."""
+    _, w_gate_up, _, dispatch, _ = experts_inputs(20, 2, 16, 24, 4, torch.float32, device)
+    leaves = [normal(*shape, dtype=torch.float32, device=device, seed=seed)
+              for seed, shape in enumerate([(16, 20), (4, 24, 16), (2, 20), (1, 16)])]
+    x_DT, w_down_FD, weight_KT, base_1D = leaves
+    strided = kernels.Dispatch(*(torch.stack([t, t], dim=-1)[..., 0] for t in dispatch))
+    assert not strided.row_TK.is_contiguous()
+
+    def gradients(op, dispatch):
+        out_TD = op(x_DT.T, w_gate_up, w_down_FD.mT, dispatch, weight_KT.T, base_1D.expand(20, 16))
+        return out_TD, *torch.autograd.grad(out_TD.sum(), (*leaves, w_gate_up))
+
+    torch.testing.assert_close(gradients(kernels.experts, strided), gradients(reference.experts, dispatch),
+                               rtol=1e-4, atol=1e-4)
 
 
 def test_the_layout_of_the_upstream_changes_no_bit(dtype, device):
@@ -164,6 +171,24 @@ def test_saves_x_and_h_only(dense, implementation, device):
         kernels.experts(*(inputs[:3] if dense else inputs))
     given = sum(x.numel() for x in (inputs[:3] if dense else (*inputs[:3], inputs[4])))
     assert sum(x.numel() for x in saved if x.is_floating_point()) - given == T * K * 2 * F
+
+
+def test_backward_twice_and_under_another_choice_of_backend(implementation, device, monkeypatch):
+    """What forward kept is read by the backend that kept it, and not written to."""
+    inputs = experts_inputs(30, 2, 16, 24, 4, torch.float32, device)
+    out_TD = kernels.experts(*inputs)
+    leaves, dout_TD = (*inputs[:3], inputs[4]), strided_like(out_TD)
+    once = torch.autograd.grad(out_TD, leaves, dout_TD, retain_graph=True)
+    monkeypatch.setenv(backend.VARIABLE, "torch" if implementation == "triton" else "reference")
+    assert all(map(torch.equal, once, torch.autograd.grad(out_TD, leaves, dout_TD)))
+
+
+def test_a_dispatch_that_changed_meanwhile_is_refused(implementation, device):
+    inputs = experts_inputs(30, 2, 16, 24, 4, torch.float32, device)
+    out_TD = kernels.experts(*inputs)
+    inputs[3].token_N.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out_TD.sum().backward()
 
 
 def test_padding_is_not_seen(device):
@@ -212,6 +237,8 @@ def test_gradcheck_of_the_layer_in_float64(device):
                  r"dispatch.offset has shape \(6,\): want \(E \+ 1=3\)", id="other-experts"),
     pytest.param(dict(dispatch=kernels.dispatch(expert_choice(3, 2, 2), 2)),
                  r"dispatch.token has shape \(6,\): want \(N=3\)", id="other-k"),
+    pytest.param(dict(down=torch.zeros(2, 4, 0), gate_up=torch.zeros(2, 0, 4)), "F, the columns of w_down, is 0",
+                 id="no-width"),
     pytest.param(dict(base=torch.zeros(3, 5)), r"base has shape \(3, 5\): want \(T=3, D=4\)", id="base"),
     pytest.param(dict(base=torch.zeros(3, 4).half()), "base is float16: want float32, as x is", id="base-dtype"),
 ])

@@ -2,6 +2,7 @@
 
 import ast
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,15 @@ def test_imports_are_found_wherever_they_stand(source, want):
 def test_no_drawer_is_called_utils():
     drawers = {"utils", "util", "helpers", "misc", "common"}
     assert [path for path in TREES if drawers & set(path.removesuffix(".py").split("/"))] == []
+
+
+def test_what_the_code_reads_is_shipped_with_it():
+    """A wheel holds Python files, and of the others those that pyproject.toml names."""
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    shipped = {file for folder in SHIPPED for glob in named.get(folder, []) for file in (ROOT / folder).glob(glob)}
+    others = {file for folder in SHIPPED for file in (ROOT / folder).rglob("*")
+              if file.is_file() and file.suffix not in (".py", ".pyc")}
+    assert others == shipped
 
 
 def test_every_file_says_what_it_is():

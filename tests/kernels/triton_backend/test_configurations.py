@@ -60,24 +60,33 @@ def test_a_damaged_file_is_refused(text, message, tmp_path):
         load(path)
 
 
-@pytest.mark.parametrize("product, change, fits", [
-    pytest.param("up", dict(block_k=32), False, id="another-order-of-the-sum"),
-    pytest.param("up", dict(block_m=32, block_n=32), True, id="another-tile"),
-    pytest.param("down_backward", dict(block_n=32), False, id="other-partial-sums"),
-    pytest.param("up", dict(block_k=32, columns=128), True, id="of-other-widths"),
-    pytest.param("up", dict(block_k=32, kind="float32"), True, id="of-another-kind"),
+FEW = dict(max_rows=64)
+
+
+@pytest.mark.parametrize("product, entries, fits", [
+    pytest.param("up", [FEW, dict(block_k=32)], False, id="another-order-of-the-sum"),
+    pytest.param("up", [FEW, dict(block_m=32, block_n=32)], True, id="another-tile"),
+    pytest.param("down_backward", [FEW, dict(block_n=32)], False, id="other-partial-sums"),
+    pytest.param("down_backward", [FEW, dict(block_m=128)], False, id="partial-sums-by-other-threads"),
+    pytest.param("down_backward", [FEW, dict(block_m=128, num_warps=8)], True, id="as-many-rows-a-warp"),
+    pytest.param("up", [dict(columns=128, block_k=32), FEW, {}], True, id="other-widths-first"),
+    pytest.param("up", [FEW, dict(columns=128, block_k=32), {}], False, id="other-widths-meet-the-general-few"),
+    pytest.param("up", [dict(columns=128, block_k=32, **FEW), {}], False, id="other-widths-meet-the-general-many"),
+    pytest.param("up", [dict(kind="float32", block_k=32, **FEW), {}], True, id="another-kind"),
+    pytest.param("up", [{}, dict(block_k=32, **FEW)], True, id="never-met"),
 ])
-def test_the_number_of_rows_may_not_change_the_order_of_a_sum(product, change, fits):
-    two = [Configuration(**ENTRY | dict(product=product, max_rows=64)),
-           Configuration(**ENTRY | dict(product=product) | change)]
+def test_the_number_of_rows_may_not_change_the_order_of_a_sum(product, entries, fits):
+    given = [Configuration(**ENTRY | dict(product=product) | entry) for entry in entries]
     if fits:
-        check(two, "here")
+        check(given, "here")
     else:
-        with pytest.raises(ValueError, match=f"here: blocks of {product} in half .* want one, whatever the number"):
-            check(two, "here")
+        with pytest.raises(ValueError, match=f"here: {product} in half adds up in the orders .* want one"):
+            check(given, "here")
 
 
-def test_an_unlisted_architecture_takes_the_nearest_older():
+def test_an_unlisted_architecture_takes_what_runs_there_too():
+    """Of its own generation; or sm_80's, whose instructions all later ones have, and which needs little memory."""
     assert configurations.older("sm_89") == ["sm_80"]
-    assert configurations.older("sm_120")[0] == "sm_100"
+    assert configurations.older("sm_103") == ["sm_100", "sm_80"]
+    assert configurations.older("sm_120") == ["sm_80"]
     assert configurations.older("sm_75") == [] and configurations.older("gfx950") == []

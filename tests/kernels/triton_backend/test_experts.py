@@ -81,6 +81,42 @@ def test_the_number_of_rows_changes_no_bit(dtype, device):
     assert torch.equal(few, many[:8])
 
 
+def test_what_is_not_finite_stays_with_its_expert(configured, device):
+    """Descriptors load whole tiles, which hold rows of the next expert; they are not stored, and add to nothing."""
+    x_TD, w_gate_up, w_down, _, weight_TK = experts_inputs(67, 1, 64, 48, 2, torch.float16, device)
+    expert = (torch.arange(67, device=device) >= 33).int()[:, None]  # one row more than a tile, then one more again
+    dispatch = kernels.dispatch(expert, 2)
+    configured(tma=True)
+    want = outputs_and_gradients(kernels.experts, (x_TD, w_gate_up, w_down, dispatch, weight_TK))
+    broken = x_TD.detach().clone()
+    broken[33:] = torch.nan
+    got = outputs_and_gradients(kernels.experts, (broken.requires_grad_(), w_gate_up, w_down, dispatch, weight_TK))
+    for name, g, w in zip(("out", "dx", "dw_gate_up", "dw_down", "dweight"), got, want, strict=True):
+        mine = slice(0, 1) if name.startswith("dw_") else slice(0, 33)
+        assert torch.equal(g[mine], w[mine]), name
+
+
+@pytest.mark.parametrize("T", [31, 32, 33])
+def test_tiles_end_where_the_next_expert_begins(T, configured, device):
+    """One row less than a tile, a tile, one row more; then another expert with as many."""
+    x_TD, w_gate_up, w_down, _, weight_TK = experts_inputs(2 * T, 1, 64, 48, 2, torch.float16, device)
+    dispatch = kernels.dispatch((torch.arange(2 * T, device=device) >= T).int()[:, None], 2)
+    configured(tma=True)
+    both = kernels.experts(x_TD, w_gate_up, w_down, dispatch, weight_TK)
+    for e, mine in enumerate((slice(0, T), slice(T, 2 * T))):
+        one = kernels.dispatch(torch.zeros(T, 1, dtype=torch.int32, device=device), 1)
+        alone = kernels.experts(x_TD[mine], w_gate_up[e:e + 1], w_down[e:e + 1], one, weight_TK[mine])
+        torch.testing.assert_close(both[mine], alone)
+
+
+def test_stacks_with_any_stride_where_a_size_is_one(configured, device):
+    x_TD, w_gate_up, w_down = experts_inputs(9, 1, 64, 48, 1, torch.float16, device)[:3]
+    odd = torch.empty(64, 48, 1, dtype=torch.float16, device=device).permute(2, 0, 1).copy_(w_down.detach())
+    assert odd.is_contiguous() and odd.stride(0) == 1
+    configured(tma=True)
+    assert torch.equal(kernels.experts(x_TD, w_gate_up, odd), kernels.experts(x_TD, w_gate_up, w_down))
+
+
 def test_bfloat16_within_the_interpreters_truncation(device):
     """Its casts to bfloat16 truncate: every stored number is off by at most a whole last place, 2**-7."""
     inputs = experts_inputs(40, 2, 64, 48, 4, torch.bfloat16, device)
