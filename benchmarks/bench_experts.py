@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from benchmarks import harness
+from benchmarks import command, harness
 from benchmarks.harness import NotAvailable, Point, Provider, Step
 from kernels import reference
 from kernels.testing import expert_choice
@@ -64,18 +64,17 @@ class Inputs:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = harness.parser(__doc__, "bench_experts", "T,D,F,E,K", LOADS).parse_args(arguments)
-    settings = harness.settings_of(options)
+    options = command.parser(__doc__, "bench_experts", "T,D,F,E,K", LOADS).parse_args(arguments)
+    settings = command.settings_of(options)
     points = [point_of(shape, dtype, options.device, load)
-              for shape in harness.shapes_of(options, LETTERS, SHAPES[options.device])
-              for load in options.loads for dtype in harness.dtypes_of(options)]
+              for shape in command.shapes_of(options, LETTERS, SHAPES[options.device])
+              for load in options.loads for dtype in command.dtypes_of(options)][options.skip:]
 
     def build(point: Point) -> tuple[Provider, Sequence[Provider]]:
         inputs = Inputs(point)
-        return Provider("reference", lambda: plain(inputs)), harness.wanted(providers(inputs), options)
+        return Provider("reference", lambda: plain(inputs)), command.wanted(providers(inputs), options)
 
-    harness.run(points, build, settings)
-    return 0
+    return harness.status_of(harness.run(points, build, settings))
 
 
 def point_of(shape: dict[str, int], dtype: torch.dtype, device: str, load: str) -> Point:

@@ -15,11 +15,14 @@ those of the experts and of the router's product.
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 import kernels
-from benchmarks import bench_experts, harness
+from benchmarks import bench_experts, command, harness
 from benchmarks.bench_experts import LETTERS, LOADS, SHAPES
-from benchmarks.harness import NotAvailable, Point, Provider, Row, Step
+from benchmarks.bench_router import routed_inputs
+from benchmarks.harness import NotAvailable, Point, Provider, Step
+from benchmarks.tables import Row, table
 from kernels import Gate, reference
 
 NAMES = ("out", "dx", "dtable", "dw_gate_up", "dw_down")
@@ -34,7 +37,7 @@ class Inputs(bench_experts.Inputs):
 
     def __init__(self, point: Point):
         super().__init__(point)
-        self.x_TD, self.table_SD = harness.routed_inputs(self.expert_TK, self.D, self.E, point.dtype, point.device)
+        self.x_TD, self.table_SD = routed_inputs(self.expert_TK, self.D, self.E, point.dtype, point.device)
         self.bias_S = torch.zeros(self.E, device=point.device)
         self.present_S = torch.ones(self.E, dtype=torch.bool, device=point.device)
 
@@ -48,23 +51,23 @@ class Inputs(bench_experts.Inputs):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = harness.parser(__doc__, "bench_layer", "T,D,F,E,K", LOADS).parse_args(arguments)
-    settings = harness.settings_of(options)
+    options = command.parser(__doc__, "bench_layer", "T,D,F,E,K", LOADS).parse_args(arguments)
+    settings = command.settings_of(options)
     points = [point_of(shape, dtype, options.device, load)
-              for shape in harness.shapes_of(options, LETTERS, SHAPES[options.device])
-              for load in options.loads for dtype in harness.dtypes_of(options)]
+              for shape in command.shapes_of(options, LETTERS, SHAPES[options.device])
+              for load in options.loads for dtype in command.dtypes_of(options)][options.skip:]
 
     def build(point: Point) -> tuple[Provider, Sequence[Provider]]:
         inputs = Inputs(point)
-        return Provider("reference", lambda: ours(inputs, reference)), harness.wanted(providers(inputs), options)
+        return Provider("reference", lambda: ours(inputs, reference)), command.wanted(providers(inputs), options)
 
     rows = harness.run(points, build, settings)
     found = []
     for point in points:
         for row in ratios([row for row in rows if (row["shape"], row["dtype"], row["load"]) == key(point)]):
             found.append(harness.emit(settings, point, row) | {"point": harness.title(point)})
-    print(f"\nagainst the best of transformers\n{harness.table(found, RATIOS)}", flush=True)
-    return 0
+    print(f"\nagainst the best of transformers\n{table(found, RATIOS)}", flush=True)
+    return harness.status_of(rows)
 
 
 def key(point: Point) -> tuple:
@@ -91,11 +94,15 @@ def providers(i: Inputs) -> list[Provider]:
 
 
 def ours(i: Inputs, ops, backend: str = "") -> Step:
-    def layer():
-        route = ops.route(i.x_TD, i.table_SD, i.bias_S, i.present_S, Gate(i.K))
-        return ops.experts(i.x_TD, i.w_gate_up, i.w_down, ops.dispatch(route.slot_TK, i.E), route.weight_TK)
+    return i.step(lambda: layer(*i.leaves, i.bias_S, i.present_S, Gate(i.K), ops=ops), backend=backend)
 
-    return i.step(layer, backend=backend)
+
+def layer(x_TD: Tensor, table_SD: Tensor, w_gate_up: Tensor, w_down: Tensor, bias_S: Tensor, present_S: Tensor,
+          gate: Gate, expert_S: Tensor | None = None, ops=kernels) -> Tensor:
+    """A mixture layer; expert_S is the expert of each slot, without it the one of the same number."""
+    route = ops.route(x_TD, table_SD, bias_S, present_S, gate)
+    expert_TK = route.slot_TK if expert_S is None else expert_S[route.slot_TK]
+    return ops.experts(x_TD, w_gate_up, w_down, ops.dispatch(expert_TK, w_down.shape[0]), route.weight_TK)
 
 
 def transformers(i: Inputs, model: str, implementation: str) -> Step:

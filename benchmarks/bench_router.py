@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from benchmarks import harness
+from benchmarks import command, harness
 from benchmarks.harness import NotAvailable, Point, Provider, Step
 from kernels import Gate, reference
 from kernels.testing import expert_choice
@@ -43,7 +43,7 @@ class Inputs:
         _, mode, *losses = point.op.split(": ")
         self.T, self.D, self.S, self.K, self.gate, self.losses = T, D, S, K, gate_of(mode, K), bool(losses)
         self.device = point.device
-        self.x_TD, table_SD = harness.routed_inputs(slots(T, S, self.gate).to(point.device), D, S, point.dtype,
+        self.x_TD, table_SD = routed_inputs(slots(T, S, self.gate).to(point.device), D, S, point.dtype,
                                                     point.device)
         self.table_SD = table_SD.detach().float().requires_grad_()  # a router's own parameters are float32
         self.bias_S = torch.zeros(S, device=point.device)
@@ -72,22 +72,21 @@ class Inputs:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    made = harness.parser(__doc__, "bench_router", "T,D,S,K")
+    made = command.parser(__doc__, "bench_router", "T,D,S,K")
     made.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     made.add_argument("--losses", action="store_true", help="also points whose gradient comes from the losses too")
     options = made.parse_args(arguments)
-    settings = harness.settings_of(options, graphs=options.device == "cuda")
+    settings = command.settings_of(options, graphs=options.device == "cuda")
     points = [point_of(shape, dtype, options.device, mode, losses)
-              for shape in harness.shapes_of(options, LETTERS, SHAPES[options.device])
-              for dtype in harness.dtypes_of(options) for mode in options.modes
-              for losses in ((False, True) if options.losses else (False,))]
+              for shape in command.shapes_of(options, LETTERS, SHAPES[options.device])
+              for dtype in command.dtypes_of(options) for mode in options.modes
+              for losses in ((False, True) if options.losses else (False,))][options.skip:]
 
     def build(point: Point) -> tuple[Provider, Sequence[Provider]]:
         inputs = Inputs(point)
-        return Provider("reference", lambda: ours(inputs, reference)), harness.wanted(providers(inputs), options)
+        return Provider("reference", lambda: ours(inputs, reference)), command.wanted(providers(inputs), options)
 
-    harness.run(points, build, settings)
-    return 0
+    return harness.status_of(harness.run(points, build, settings))
 
 
 def point_of(shape: dict[str, int], dtype: torch.dtype, device: str, mode: str, losses: bool = False) -> Point:
@@ -118,6 +117,22 @@ def slots(T: int, S: int, gate: Gate) -> Tensor:
     group_TG = expert_choice(T, gate.top_groups, gate.num_groups).long()
     within = expert_choice(T * gate.top_groups, each, width, seed=1).long()
     return (group_TG.reshape(-1, 1) * width + within).reshape(T, gate.top_k).int()
+
+
+def routed_inputs(expert_TK: Tensor, D: int, S: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    """x_TD and table_SD whose logits are 1 to 2 for these slots and -1 to 0 for all others; S at most D.
+
+    So far apart that every implementation chooses these slots, whatever it rounds: results can be compared.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    T = expert_TK.shape[0]
+    draw = {"generator": generator, "device": device, "dtype": torch.float32}
+    table_SD = torch.linalg.qr(torch.randn(D, S, **draw)).Q.T.contiguous().to(dtype)  # unit rows at right angles
+    logits_TS = torch.rand(T, S, **draw) - 1
+    logits_TS = logits_TS.scatter_add(1, expert_TK.long(), torch.full(expert_TK.shape, 2.0, device=device))
+    x_TD, table = torch.randn(T, D, **draw), table_SD.float()
+    x_TD += (logits_TS - x_TD @ table.T) @ table
+    return x_TD.to(dtype).requires_grad_(), table_SD.requires_grad_()
 
 
 def providers(i: Inputs) -> list[Provider]:

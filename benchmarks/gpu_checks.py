@@ -11,7 +11,6 @@ again behind it with --from.
 """
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -25,7 +24,10 @@ from torch import Tensor
 
 import kernels
 from benchmarks import harness
-from benchmarks.bench_router import MODES, gate_of, slots
+from benchmarks.bench_layer import layer
+from benchmarks.bench_router import MODES, gate_of, routed_inputs, slots
+from benchmarks.memory import DEVICE_LOST, alive
+from benchmarks.records import append
 from kernels import Gate, reference
 from kernels.testing import (
     assert_as_exact_as,
@@ -37,7 +39,6 @@ from kernels.testing import (
 )
 
 NAMES = "out dx dw_gate_up dw_down dweight"
-DEVICE_LOST = 3  # exit status
 GROUPS = ("experts", "router", "layer")  # alike in length, so that they can run side by side
 Check = Callable[[], str]
 
@@ -61,9 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failed += not line["ok"]
         print(f"{'ok  ' if line['ok'] else 'FAIL'} {line['seconds']:5.1f} s  {name}  {line['detail']}", flush=True)
         if options.out:
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        if options.device == "cuda" and not alive():
+            append(options.out, line)
+        if options.device == "cuda" and not alive("cuda"):
             return DEVICE_LOST
     return 1 if failed else 0
 
@@ -78,15 +78,6 @@ def run(name: str, check: Check) -> dict:
         traceback.print_exc(file=sys.stderr)
         ok, detail = False, harness.short(error)
     return {"check": name, "ok": ok, "detail": detail, "seconds": time.monotonic() - start}
-
-
-def alive() -> bool:
-    """Whether the device still answers; gives back what the last check has left."""
-    try:
-        harness.release("cuda")
-    except RuntimeError:
-        return False
-    return True
 
 
 def checks(device: str, small: bool, group: str | None = None) -> dict[str, Check]:
@@ -152,7 +143,7 @@ def route_is_exact(device: str, T: int, D: int, S: int, K: int, mode: str, dtype
     gate = gate_of(mode, K)
     num_absent = 0 if gate.num_groups > 1 else S // 8
     chosen = slots(T, S - num_absent, gate).to(device)
-    x_TD, table_SD = harness.routed_inputs(chosen, D, S, dtype, device)
+    x_TD, table_SD = routed_inputs(chosen, D, S, dtype, device)
     bias_S = torch.zeros(S, device=device, requires_grad=True)
     present_S = torch.arange(S, device=device) < S - num_absent
     selection = torch.linspace(-0.1, 0.1, S, device=device) if gate.num_groups > 1 else None
@@ -188,20 +179,12 @@ def dispatch_is_equal(device: str, T: int, K: int, E: int) -> str:
 
 # ----------------------------------------------------------------------------------------- bits of a whole layer
 
-def layer(x_TD: Tensor, table_SD: Tensor, w_gate_up: Tensor, w_down: Tensor, present_S: Tensor, expert_S: Tensor,
-          gate: Gate) -> Tensor:
-    bias_S = torch.zeros(table_SD.shape[0], device=x_TD.device)
-    route = kernels.route(x_TD, table_SD, bias_S, present_S, gate)
-    dispatch = kernels.dispatch(expert_S[route.slot_TK], w_down.shape[0])
-    return kernels.experts(x_TD, w_gate_up, w_down, dispatch, route.weight_TK)
-
-
 def layer_inputs(device: str, T: int, K: int, D: int, F: int, E: int, dtype: torch.dtype) -> list:
     """Arguments of `layer`: every slot has an expert and is present."""
     x_TD, w_gate_up, w_down, *_ = experts_inputs(T, K, D, F, E, dtype, device)
     table_SD = torch.randn(E, D, generator=torch.Generator().manual_seed(5)).mul_(D**-0.5).to(device).requires_grad_()
-    return [x_TD, table_SD, w_gate_up, w_down, torch.ones(E, dtype=torch.bool, device=device),
-            torch.arange(E, dtype=torch.int32, device=device), Gate(K)]
+    return [x_TD, table_SD, w_gate_up, w_down, torch.zeros(E, device=device),
+            torch.ones(E, dtype=torch.bool, device=device), Gate(K), torch.arange(E, dtype=torch.int32, device=device)]
 
 
 def repeats(device: str, T: int, K: int, D: int, F: int, E: int, dtype: torch.dtype, times: int) -> str:
@@ -217,13 +200,14 @@ def repeats(device: str, T: int, K: int, D: int, F: int, E: int, dtype: torch.dt
 
 def removal(device: str, T: int, K: int, D: int, F: int, E: int, dtype: torch.dtype) -> str:
     """A fifth of the slots masked, against their rows zeroed and their experts taken out of the stack."""
-    x_TD, table_SD, w_gate_up, w_down, _, expert_S, gate = layer_inputs(device, T, K, D, F, E, dtype)
+    x_TD, table_SD, w_gate_up, w_down, bias_S, _, gate, expert_S = layer_inputs(device, T, K, D, F, E, dtype)
     stays_S = torch.arange(E, device=device) % 5 != 1
     place_S = torch.where(stays_S, stays_S.cumsum(0) - 1, -1).int()
     masked = x_TD, table_SD, w_gate_up, w_down
     gone = (x_TD, table_SD.detach() * stays_S[:, None], w_gate_up.detach()[stays_S], w_down.detach()[stays_S])
     gone = [t.detach().clone().requires_grad_() for t in gone]
-    out, want = layer(*masked, stays_S, expert_S, gate), layer(*gone, stays_S, place_S, gate)
+    out, want = (layer(*leaves, bias_S, stays_S, gate, experts) for leaves, experts in
+                 ((masked, expert_S), (gone, place_S)))
     dout_TD = strided_like(out)
     gradients = torch.autograd.grad(out, masked, dout_TD)
     got = out, *gradients[:2], gradients[2][stays_S], gradients[3][stays_S]

@@ -16,46 +16,34 @@ A point is one shape, dtype and distribution of tokens; its providers are ours a
               sum over the allocations and releases of tensors during the step, which repeats exactly and does not
               depend on malloc; beside it, where Linux lets a process reset its high-water mark, the resident memory,
               which also shows what libraries take for themselves
-One JSON line for each point, provider and pass, and a table at the end.
+One JSON line for each point, provider and pass, and a table at the end. The time is in timing.py, the memory in
+memory.py, what is noted of the machine and the code in records.py, the command line in command.py.
 """
 
-import argparse
-import ctypes
 import functools
 import gc
 import math
 import os
-import platform
-import random
-import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.records import append
+from benchmarks.memory import DEVICE_LOST, alive, memory, release
+from benchmarks.records import append, ask_driver, environment
+from benchmarks.tables import Row, table
+from benchmarks.timing import gb_per_s, rates, rounds, spread, tflop_per_s
 from kernels import backend
-from kernels.product import product
-
-Row = dict[str, Any]
 
 PASSES = ("forward", "backward", "both")
 VOID_ABOVE = {"cuda": 0.03, "cpu": 0.10}
-FEWEST_ROUNDS, MOST_ROUNDS = 5, 100
-FLUSHED = 512 * 2**20  # bytes written before each call on a GPU: several times the largest L2 cache
-MATMUL = {"cuda": (8192, 8192, 8192), "cpu": (2048, 1024, 1024)}
-COPIED = {"cuda": 2**30, "cpu": 2**28}  # bytes
 LIMIT = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 1e-4}  # distance from the plain equations, 2-norm
-PEERS = ("transformers", "liger-kernel", "scattermoe", "sonic-moe", "megablocks")  # packages whose version is noted
-COMMIT = "POLYCLINIC_COMMIT"  # of the code, where it runs outside a git checkout
+LOST = "the device no longer answers"  # reason of a point that was cut off
 
 
 class NotAvailable(Exception):
@@ -120,23 +108,34 @@ class Settings:
 
 def run(points: Iterable[Point], build: Callable[[Point], tuple[Provider, Sequence[Provider]]],
         settings: Settings) -> list[Row]:
-    """The rows of all points. `build` makes a point's inputs: its oracle and its providers."""
+    """The rows of all points, up to one that takes the device down. `build` makes a point's oracle and providers."""
     rows: list[Row] = []
     for point in points:
-        if time.monotonic() > settings.until:
-            found = [emit(settings, point, {**_about(point), "provider": "", "reason": "no time left"})]
-        else:
+        found, reason = [], "no time left" * (time.monotonic() > settings.until)
+        if not reason:
             try:
                 oracle, providers = build(point)
                 found = measure(point, oracle, providers, settings)
-            except torch.cuda.OutOfMemoryError as error:
-                found = [emit(settings, point, {**_about(point), "provider": "", "reason": short(error)})]
+            except RuntimeError as error:
+                if not isinstance(error, torch.cuda.OutOfMemoryError) and alive(point.device):
+                    raise
+                reason = short(error)
             oracle = providers = None
             gc.collect()
-            release(point.device)
+            if not alive(point.device):
+                reason = f"{LOST} {reason}".strip()
+        if reason:
+            found.append(emit(settings, point, {**_about(point), "provider": "", "reason": reason}))
         print(f"\n{title(point)}\n{table(found)}", flush=True)
         rows += found
+        if reason.startswith(LOST):  # only another process can go on: behind this point with --skip
+            break
     return rows
+
+
+def status_of(rows: Sequence[Row]) -> int:
+    """Exit status of a benchmark."""
+    return DEVICE_LOST if any(row.get("reason", "").startswith(LOST) for row in rows) else 0
 
 
 def measure(point: Point, oracle: Provider, providers: Sequence[Provider], settings: Settings) -> list[Row]:
@@ -194,22 +193,23 @@ def relative_distance(got: Tensor, want: Tensor, chunk: int = 2**26) -> float:
     return math.sqrt(off / size) if size > 0 else math.sqrt(off)
 
 
-def _pass(point: Point, which: str, launch: str, steps: dict[str, Step], settings: Settings) -> list[Row]:
-    about = {**_about(point), "pass": which, "launch": launch}
-    rows, calls = [], {}
+def _pass(point: Point, which: str, launch: str, steps: dict[str, Step], settings: Settings) -> Iterator[Row]:
+    about, calls = {**_about(point), "pass": which, "launch": launch}, {}
     for name, step in steps.items():
         try:
             call = captured(step, which) if launch == "graph" else call_of(step, which)
             call()
         except Exception as error:  # as above
-            rows.append(about | {"provider": name, "reason": short(error)})
+            yield about | {"provider": name, "reason": short(error)}
             release(point.device)
         else:
             calls[name] = call
+    if not calls:
+        return
     for attempt in range(1, settings.attempts + 1):
-        before = rates(point)
+        before = rates(point.device, point.dtype, point.own_product, copied=bool(point.bytes_moved))
         times = rounds(calls, point.device, settings.seconds, seed=attempt)
-        after = rates(point)
+        after = rates(point.device, point.dtype, point.own_product, copied=bool(point.bytes_moved))
         drift = after["p"] / before["p"] - 1
         void = abs(drift) > VOID_ABOVE[point.device]
         if not void:
@@ -226,8 +226,7 @@ def _pass(point: Point, which: str, launch: str, steps: dict[str, Step], setting
         row |= spread(times[name]) | compared(point, which, spread(times[name])["ms"], before, after)
         if launch == "eager" and which != "backward":
             row |= memory(call_of(steps[name], which), point.device)
-        rows.append(row)
-    return rows
+        yield row
 
 
 def call_of(step: Step, which: str) -> Callable[[], object]:
@@ -277,20 +276,6 @@ def compared(point: Point, which: str, ms: float, before: dict[str, float], afte
     return row
 
 
-def tflop_per_s(flops: float, ms: float) -> float:
-    return flops / ms / 1e9
-
-
-def gb_per_s(num_bytes: float, ms: float) -> float:
-    return num_bytes / ms / 1e6
-
-
-def spread(times: Sequence[float]) -> dict[str, float]:
-    """Median, 20th and 80th percentile of these milliseconds."""
-    fifths = statistics.quantiles(times, n=5, method="inclusive")
-    return {"ms": statistics.median(times), "p20": fifths[0], "p80": fifths[3]}
-
-
 def _about(point: Point) -> Row:
     return {"op": point.op, "shape": point.shape, "dtype": name_of(point.dtype), "load": point.load}
 
@@ -301,233 +286,7 @@ def emit(settings: Settings, point: Point, row: Row) -> Row:
     return row
 
 
-# -------------------------------------------------------------------------------------------------- time
-
-Timer = Callable[[Callable[[], object]], Callable[[], float]]  # runs a call; what it returns tells the milliseconds
-
-
-def rounds(calls: dict[str, Callable[[], object]], device: str, seconds: float,
-           seed: int = 0) -> dict[str, list[float]]:
-    """Milliseconds of every call in every round, until the time is used up."""
-    timer, shuffle, order = timer_of(device), random.Random(seed).shuffle, list(calls)
-    for name in order:  # to warm up
-        timer(calls[name])()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    end, done = time.perf_counter() + seconds, 0
-    with no_garbage_collection():
-        while calls and (done < FEWEST_ROUNDS or (done < MOST_ROUNDS and time.perf_counter() < end)):
-            shuffle(order)
-            waiting = {name: timer(calls[name]) for name in order}
-            for name, milliseconds in waiting.items():
-                times[name].append(milliseconds())
-            done += 1
-    return times
-
-
-@contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """Python's takes a quarter of a second where large packages are loaded, in whoever's call it falls."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
-
-
-def timer_of(device: str, flush: bool = True) -> Timer:
-    return event_timer(flush) if device == "cuda" else clock_timer()
-
-
-def clock_timer() -> Timer:
-    def timer(call):
-        start = time.perf_counter()
-        kept = call()
-        milliseconds = (time.perf_counter() - start) * 1e3
-        del kept  # giving its memory back is not part of the pass
-        return lambda: milliseconds
-
-    return timer
-
-
-def event_timer(flush: bool = True) -> Timer:
-    """From a call's first kernel to its last. The flush before it gives the host a head start at launching."""
-    flushed = torch.empty(FLUSHED if flush else 0, dtype=torch.int8, device="cuda")
-
-    def timer(call):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flushed.zero_()
-        start.record()
-        call()
-        end.record()
-
-        def milliseconds() -> float:
-            end.synchronize()
-            return start.elapsed_time(end)
-
-        return milliseconds
-
-    return timer
-
-
-def rates(point: Point) -> dict[str, float]:
-    """TFLOP/s of a large product ("p") and of one of the op's own size ("own"), GB/s of a copy ("copy")."""
-    found = {"p": matmul_rate(point.device, point.dtype, *MATMUL[point.device])}
-    if point.own_product is not None:
-        found["own"] = matmul_rate(point.device, point.dtype, *point.own_product)
-    if point.bytes_moved:
-        found["copy"] = copy_rate(point.device)
-    return found
-
-
-def matmul_rate(device: str, dtype: torch.dtype, M: int, N: int, K: int) -> float:
-    """TFLOP/s of [M, K] times [K, N], one after another."""
-    a, b = (torch.randn(*shape, device=device).to(dtype) for shape in ((M, K), (K, N)))
-    candidates = [lambda: torch.mm(a, b)]
-    if device == "cpu" and dtype == torch.float32:
-        candidates.append(lambda: product(a, b))
-    return max(tflop_per_s(2 * M * N * K, sustained(call, device)) for call in candidates)
-
-
-def copy_rate(device: str) -> float:
-    """GB/s, counting bytes read and bytes written."""
-    source = torch.ones(COPIED[device], dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    return gb_per_s(2 * COPIED[device], sustained(lambda: target.copy_(source), device))
-
-
-def sustained(call: Callable[[], object], device: str, times: int = 9) -> float:
-    """Median milliseconds of calls queued one after another, after as many; on a GPU the clocks get time to settle."""
-    timer = timer_of(device, flush=False)
-    settled = time.perf_counter() + (0.1 if device == "cuda" else 0.0)
-    while True:
-        waiting = [timer(call) for _ in range(2 * times)]
-        found = [milliseconds() for milliseconds in waiting][times:]
-        if time.perf_counter() >= settled:
-            return statistics.median(found)
-
-
-# -------------------------------------------------------------------------------------------------- memory
-
-def memory(step: Callable[[], object], device: str) -> dict[str, float]:
-    """MiB above what was there before: at the highest moment of a step, and still held when it ends."""
-    step()
-    release(device)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        kept = step()
-        torch.cuda.synchronize()
-        held, peak = (count() - before for count in (torch.cuda.memory_allocated, torch.cuda.max_memory_allocated))
-        del kept
-        return {"peak_mib": peak / 2**20, "held_mib": held / 2**20}
-    changes = allocations(step)
-    found = {"peak_mib": highest(changes) / 2**20, "held_mib": sum(changes) / 2**20}
-    resident = peak_resident(step)
-    return found if resident is None else found | {"peak_resident_mib": resident / 2**20}
-
-
-def allocations(step: Callable[[], object]) -> list[int]:
-    """Bytes of every allocation (positive) and release (negative) of CPU tensors during a step, in order."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        kept = step()
-    del kept
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-
-
-def highest(changes: Iterable[int]) -> int:
-    held = most = 0
-    for change in changes:
-        held += change
-        most = max(most, held)
-    return most
-
-
-def peak_resident(step: Callable[[], object]) -> int | None:
-    """Bytes; None where the system does not tell. Memory that malloc keeps for later is given back first."""
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not status.exists() or not os.access(reset, os.W_OK):
-        return None
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
-    try:
-        reset.write_text("5")  # the high-water mark becomes what is resident now
-    except OSError:
-        return None
-
-    def line(name: str) -> int:
-        return next(int(row.split()[1]) * 1024 for row in status.read_text().splitlines() if row.startswith(name))
-
-    before = line("VmRSS:")
-    kept = step()
-    peak = line("VmHWM:") - before
-    del kept
-    return max(peak, 0)
-
-
-def release(device: str) -> None:
-    """Give back what nobody holds any more. On a CPU tensors go with their last name, and all else is little."""
-    if device == "cuda":
-        gc.collect()
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-
-
-# -------------------------------------------------------------------------------------------------- where it ran
-
-@functools.cache
-def environment(device: str) -> dict[str, Any]:
-    """Of the machine, the code and the libraries: part of every line."""
-    about: dict[str, Any] = {"device": device_name(device), "threads": torch.get_num_threads(), "commit": commit()}
-    if device == "cuda":
-        about |= {"driver": ask_driver("driver_version"), "runtime": torch.version.cuda or torch.version.hip}
-    return about | {"python": platform.python_version(), "versions": versions()}
-
-
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next((row.split(":", 1)[1].strip() for row in lines if row.startswith("model name")), platform.machine())
-    return f"{model}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def ask_driver(what: str) -> str | None:
-    """Fields of nvidia-smi for the first GPU; None where it does not say."""
-    try:
-        found = subprocess.run(["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"], capture_output=True,
-                               text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip().splitlines()[0] if found.returncode == 0 and found.stdout.strip() else None
-
-
-def commit() -> str | None:
-    """Of this checkout, "-modified" where it has been changed since; outside one what POLYCLINIC_COMMIT says."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
-    except OSError:
-        found, changed = "", ""
-    return found + "-modified" * bool(changed) if found else os.environ.get(COMMIT)
-
-
-def versions() -> dict[str, str]:
-    found = {}
-    for name in ("torch", "triton", *PEERS):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            pass
-    return found
-
-
-# -------------------------------------------------------------------------------------------------- for the benchmarks
+# -------------------------------------------------------------------------------------------------- providers
 
 @contextmanager
 def forced(name: str) -> Iterator[None]:
@@ -547,93 +306,6 @@ def forced(name: str) -> Iterator[None]:
 def ours(device: str) -> list[str]:
     """Our backends that are worth timing there."""
     return ["triton", "torch"] if device == "cuda" else ["torch"]
-
-
-def routed_inputs(expert_TK: Tensor, D: int, S: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
-    """x_TD and table_SD whose logits are 1 to 2 for these slots and -1 to 0 for all others; S at most D.
-
-    So far apart that every implementation chooses these slots, whatever it rounds: results can be compared.
-    """
-    generator = torch.Generator(device).manual_seed(0)
-    T = expert_TK.shape[0]
-    draw = {"generator": generator, "device": device, "dtype": torch.float32}
-    table_SD = torch.linalg.qr(torch.randn(D, S, **draw)).Q.T.contiguous().to(dtype)  # unit rows at right angles
-    logits_TS = torch.rand(T, S, **draw) - 1
-    logits_TS = logits_TS.scatter_add(1, expert_TK.long(), torch.full(expert_TK.shape, 2.0, device=device))
-    x_TD, table = torch.randn(T, D, **draw), table_SD.float()
-    x_TD += (logits_TS - x_TD @ table.T) @ table
-    return x_TD.to(dtype).requires_grad_(), table_SD.requires_grad_()
-
-
-def parser(doc: str, prog: str, shape: str, loads: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """The options that all benchmarks of ops have; `shape` names the letters of --shapes."""
-    made = argparse.ArgumentParser(prog=f"python -m benchmarks.{prog}", description=doc,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    made.add_argument("--out", type=Path, help="append one JSON line for each point, provider and pass to this file")
-    made.add_argument("--shapes", nargs="+", metavar=shape, help="other shapes than this device's own")
-    made.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float16", "float32"),
-                      help="default: bfloat16, on a CPU float32 too")
-    if loads:
-        made.add_argument("--loads", nargs="+", choices=loads, default=list(loads[:1]),
-                          help="how tokens are spread over the experts; see kernels.testing.expert_choice")
-    made.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
-    made.add_argument("--only", nargs="+", default=[""], metavar="NAME",
-                      help="only providers with one of these in their name")
-    made.add_argument("--seconds", type=float, default=3.0, help="of rounds for each pass of a point (default 3)")
-    made.add_argument("--minutes", type=float, default=math.inf, help="begin no point after this time")
-    made.add_argument("--threads", type=int, help="of torch on the CPU")
-    return made
-
-
-def settings_of(options: argparse.Namespace, graphs: bool = False) -> Settings:
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    return Settings(out=options.out, passes=tuple(options.passes), seconds=options.seconds, graphs=graphs,
-                    until=time.monotonic() + 60 * options.minutes)
-
-
-def shapes_of(options: argparse.Namespace, letters: str, default: Sequence[tuple[int, ...]]) -> list[dict[str, int]]:
-    """One size for each letter. ValueError for a shape that has more or fewer."""
-    given = default if options.shapes is None else [tuple(map(int, text.split(","))) for text in options.shapes]
-    return [dict(zip(letters, sizes, strict=True)) for sizes in given]
-
-
-def dtypes_of(options: argparse.Namespace) -> list[torch.dtype]:
-    names = options.dtypes or (["bfloat16"] if options.device == "cuda" else ["bfloat16", "float32"])
-    return [getattr(torch, name) for name in names]
-
-
-def wanted(providers: Iterable[Provider], options: argparse.Namespace) -> list[Provider]:
-    return [p for p in providers if any(part in p.name for part in options.only)]
-
-
-# Heading, key and format of the columns of a table; those that no row fills are left out.
-COLUMNS = (("provider", "provider", "{}"), ("pass", "pass", "{}"), ("launch", "launch", "{}"), ("ms", "ms", "{:.3f}"),
-           ("p20", "p20", "{:.3f}"), ("p80", "p80", "{:.3f}"), ("us", "us", "{:.1f}"),
-           ("TFLOP/s", "tflop_per_s", "{:.4g}"), ("% of P", "percent_of_p", "{:.1f}"),
-           ("% of own", "percent_of_own", "{:.1f}"),
-           ("GB/s", "gb_per_s", "{:.4g}"), ("% of copy", "percent_of_copy", "{:.1f}"),
-           ("peak MiB", "peak_mib", "{:.1f}"), ("held MiB", "held_mib", "{:.1f}"),
-           ("resident MiB", "peak_resident_mib", "{:.1f}"), ("void", "void", "{}"))
-
-
-def table(rows: Sequence[Row], columns: Sequence[tuple[str, str, str]] = COLUMNS) -> str:
-    """Rows as plain text, words to the left and numbers to the right; below them those that give a reason instead."""
-    measured = [row for row in rows if "reason" not in row]
-    shown = [column for column in columns if any(row.get(column[1]) not in (None, "", False) for row in measured)]
-    cells = [[heading for heading, *_ in shown]]
-    cells += [["" if row.get(key) in (None, False) else form.format(row[key]) for _, key, form in shown]
-              for row in measured]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(shown))]
-    words = [any(isinstance(row.get(key), str) for row in measured) for _, key, _ in shown]
-    lines = ["  ".join(cell.ljust(width) if word else cell.rjust(width) for cell, width, word
-                       in zip(line, widths, words, strict=True)).rstrip() for line in cells if measured]
-    for row in rows:
-        if "reason" in row:
-            lines.append(" ".join(filter(None, (row["provider"], row.get("pass"), row.get("launch"))))
-                         + f": {row['reason']}")
-    return "\n".join(lines)
 
 
 def short(error: BaseException) -> str:

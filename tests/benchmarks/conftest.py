@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from benchmarks import harness
+from benchmarks import harness, timing
 from kernels import backend
 
 
@@ -14,11 +14,11 @@ def nothing_forced(monkeypatch):
 @pytest.fixture
 def quick(monkeypatch):
     """Rates from small products and few rounds: what is tested is not how fast this machine is."""
-    monkeypatch.setitem(harness.MATMUL, "cpu", (64, 64, 64))
-    monkeypatch.setitem(harness.COPIED, "cpu", 2**16)
+    monkeypatch.setitem(timing.MATMUL, "cpu", (64, 64, 64))
+    monkeypatch.setitem(timing.COPIED, "cpu", 2**16)
     monkeypatch.setitem(harness.VOID_ABOVE, "cpu", 1e9)
-    monkeypatch.setattr(harness, "FEWEST_ROUNDS", 2)
-    monkeypatch.setattr(harness, "MOST_ROUNDS", 2)
+    monkeypatch.setattr(timing, "FEWEST_ROUNDS", 2)
+    monkeypatch.setattr(timing, "MOST_ROUNDS", 2)
 
 
 @pytest.fixture

@@ -43,6 +43,15 @@ def test_slots_of_a_router_with_groups_come_from_its_top_groups():
     assert all(len(set(row)) == 8 and len({slot // 4 for slot in row}) == 4 for row in slot_TK.tolist())
 
 
+def test_routed_inputs_are_routed_as_asked():
+    slot_TK = expert_choice(50, 3, 24, "zipf")
+    for dtype in (torch.bfloat16, torch.float32):
+        x_TD, table_SD = bench_router.routed_inputs(slot_TK, 64, 24, dtype, "cpu")
+        logits_TS = x_TD.float() @ table_SD.float().T
+        chosen = torch.zeros(50, 24, dtype=torch.bool).scatter(1, slot_TK.long(), True)
+        assert logits_TS[chosen].min() > 0.95 and logits_TS[~chosen].max() < 0.05
+
+
 @pytest.mark.parametrize("load", bench_experts.LOADS)
 def test_experts(load, quick, lines, capsys):
     assert bench_experts.main(["--device", "cpu", "--shapes", "24,16,8,6,2", "--seconds", "0", "--loads", load,

@@ -9,8 +9,8 @@ import torch
 
 import kernels
 from benchmarks import gpu_checks, gpu_suite
-from benchmarks.gpu_checks import DEVICE_LOST
 from benchmarks.gpu_suite import Outcome, Suite, summary
+from benchmarks.memory import DEVICE_LOST
 from benchmarks.records import append
 
 
@@ -151,6 +151,22 @@ def test_a_part_that_breaks_does_not_stop_the_others(suite, monkeypatch, capsys)
     assert [(o.part, o.status) for o in outcomes] == [("checks", "failed"), ("experts", "ok"), ("router", "ok")]
     assert "RuntimeError: broken" in capsys.readouterr().out
     assert "RuntimeError: broken" in (suite.folder / "summary.txt").read_text()
+
+
+def test_a_benchmark_goes_on_behind_the_point_that_takes_the_device_down(suite, monkeypatch):
+    script, commands = [(["a", "a", "b"], DEVICE_LOST), (["c"], 0)], []
+
+    def process(part, command, limit):
+        commands.append(command)
+        points, status = script.pop(0)
+        for load in points:
+            append(suite.folder / "router.jsonl", dict(op="router", shape={}, dtype="bfloat16", load=load, ms=1.0))
+        return status, 0.0
+
+    monkeypatch.setattr(suite, "process", process)
+    outcome = suite.benchmark("router", 100.0)
+    assert [command[command.index("--skip") + 1] for command in commands] == ["0", "2"]
+    assert outcome.status == "failed" and outcome.detail == "4 times, status [3], see log.txt"
 
 
 def test_no_time_left(tmp_path):
