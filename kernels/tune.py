@@ -8,6 +8,7 @@ A candidate is compiled first, in processes side by side; one that fails or spil
 device at every shape, the best of it in rounds, and the medians decide: one entry for each pair of widths that was
 measured, one for any other, and for both one for experts with few rows. All entries of a product and pair of widths sum
 in the same order (kernels/triton_backend/configurations.py says why): the order is that of the fastest with many rows.
+The file is written anew behind every product that was measured, so an end before the end keeps what was found.
 
 The candidates are pinned in this file. Nothing searches while a model runs.
 """
@@ -25,13 +26,14 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from math import exp, inf, log
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import triton
 
+from kernels.aot import SHARED_LIMIT
 from kernels.testing import expert_choice
 from kernels.triton_backend import grouped_gemm
 from kernels.triton_backend.configurations import (
@@ -45,7 +47,7 @@ from kernels.triton_backend.configurations import (
     older,
 )
 from kernels.triton_backend.dispatch import dispatch
-from kernels.triton_backend.experts import _Rows
+from kernels.triton_backend.experts import Rows
 from kernels.triton_backend.launch import architecture
 
 # Those of public models and of published measurements: T, D, F, E, K.
@@ -70,7 +72,7 @@ TILES = {
                         (64, 128, 4, 1)),
 }
 STAGES = (3, 4, 5)
-SHARED = {"sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "gfx942": 65_536}  # bytes; others 232,448
+SHARED = {**SHARED_LIMIT, "sm_86": 101_376, "sm_89": 101_376}  # bytes; others as sm_90
 
 
 class Shape(NamedTuple):
@@ -125,10 +127,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{len(sound)} of {len(wanted)} candidates compile without spilling", flush=True)
     for reason, number in sorted(refused.items()):
         print(f"  {number} x {reason}")
-    measured = measure(problems(shapes, kinds), sound, device_timer(), deadline)
-    entries = chosen(measured, defaults(device))
+    general = defaults(device)
     out = options.out or FOLDER / f"{device_name(device)}.json"
-    write(out, entries, measured, shapes, device)
+
+    def keep(measured: dict[Problem, Times]) -> None:
+        write(out, chosen(measured, general), measured, shapes, device)
+
+    measured = measure(problems(shapes, kinds), sound, device_timer(), deadline, keep=keep)
+    if not measured:
+        print("nothing could be measured in that time: no file was written", file=sys.stderr)
+        return 1
     print(table(measured))
     print(f"wrote {out}")
     return 0
@@ -150,7 +158,7 @@ def candidates(product: str, kind: str, target: str) -> list[Configuration]:
                     made.append(Configuration(
                         product, kind, block_m, block_n, block_k, warps, stages, flatten=flatten,
                         tma=hopper and name != "weight_gradient", programs=programs))
-    limit = SHARED.get(target, 232_448)
+    limit = SHARED.get(target, SHARED["sm_90"])
     return list(dict.fromkeys(c for c in made if shared_memory(c) * c.programs <= limit))
 
 
@@ -192,17 +200,22 @@ def compiled(wanted: Sequence[Configuration], deadline: float = inf,
     waiting = list(wanted)
     width = width or max(1, min(16, (os.cpu_count() or 1) - 1))
     while waiting and time.monotonic() < deadline:
-        with ProcessPoolExecutor(width, mp_context=get_context("spawn")) as pool:
-            running = {pool.submit(try_one, config): config for config in waiting}
-            try:
-                for done in as_completed(running, timeout=None if deadline == inf else deadline - time.monotonic()):
-                    try:
-                        outcomes[running[done]] = done.result()
-                    except BrokenProcessPool:
-                        pass
-            except TimeoutError:
-                pool.shutdown(cancel_futures=True)
-                break
+        others = active_children()
+        pool = ProcessPoolExecutor(width, mp_context=get_context("spawn"))
+        running = {pool.submit(try_one, config): config for config in waiting}
+        try:
+            for done in as_completed(running, timeout=None if deadline == inf else deadline - time.monotonic()):
+                try:
+                    outcomes[running[done]] = done.result()
+                except BrokenProcessPool:
+                    pass
+        except TimeoutError:  # whoever hangs in the compiler now is not waited for
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in active_children():
+                if worker not in others:
+                    worker.kill()
+            break
+        pool.shutdown()
         left = [config for config in waiting if config not in outcomes]
         if len(left) == len(waiting):  # alone or first in line: it was this one
             outcomes[left.pop(0)] = "the compiler took its process down"
@@ -266,7 +279,7 @@ def call_of(problem: Problem, config: Configuration, t: Tensors) -> Call:
         filler = [dict(product=product, kind=config.kind, block_m=32, block_n=32, block_k=32, num_warps=4, num_stages=1)
                   for product in PRODUCTS if product != config.product]
         path.write_text(json.dumps({"entries": [dataclasses.asdict(config), *filler]}))
-        rows = _Rows(t.x, t.w_down, t.dispatch)
+        rows = Rows(t.x, t.w_down, t.dispatch)
 
         def launch() -> object:
             if problem.product == "up":
@@ -291,15 +304,17 @@ def call_of(problem: Problem, config: Configuration, t: Tensors) -> Call:
                 if before is not None:
                     os.environ[VARIABLE] = before
 
-        if problem.product == "weight_gradient":
-            rows._grid(config, 1)  # it takes the order of the experts from tiles that another product has made
         forced()
     return forced
 
 
 def measure(wanted: Iterable[Problem], sound: set[Configuration], timer: Callable[[Sequence[Call], int], list[float]],
-            deadline: float = inf, device: str = "cuda", calls: Callable = call_of) -> dict[Problem, Times]:
-    """Milliseconds of every sound candidate of each problem; those of the finalists are medians of more runs."""
+            deadline: float = inf, device: str = "cuda", calls: Callable = call_of,
+            keep: Callable[[dict[Problem, Times]], object] = lambda measured: None) -> dict[Problem, Times]:
+    """Milliseconds of every sound candidate of each problem; those of the finalists are medians of more runs.
+
+    `keep` is told what there is so far, behind each problem.
+    """
     measured: dict[Problem, Times] = {}
     tensors, running = None, {}
     for problem in wanted:
@@ -319,6 +334,7 @@ def measure(wanted: Iterable[Problem], sound: set[Configuration], timer: Callabl
         times |= dict(zip(final, timer([running[config] for config in final], FINAL), strict=True))
         if times:
             measured[problem] = times
+            keep(measured)
     return measured
 
 
@@ -326,7 +342,7 @@ def finalists(times: Times) -> list[Configuration]:
     """The fastest of every order of summation."""
     found: dict[tuple, list[Configuration]] = {}
     for config in sorted(times, key=times.__getitem__):
-        of_order = found.setdefault(order_of(config), [])
+        of_order = found.setdefault(config.order, [])
         if len(of_order) < FINALISTS:
             of_order.append(config)
     return [config for of_order in found.values() for config in of_order]
@@ -356,11 +372,6 @@ def device_timer() -> Callable[[Sequence[Call], int], list[float]]:
 
 # ------------------------------------------------------------------------------------------------- choosing
 
-def order_of(config: Configuration) -> tuple[int, ...]:
-    """What decides in which order a row's sums run, and so may not depend on the number of rows."""
-    return (config.block_k, config.block_n) if config.product == "down_backward" else (config.block_k,)
-
-
 def chosen(measured: dict[Problem, Times], general: Sequence[Configuration]) -> list[Configuration]:
     """The entries of a file, in order: for the widths that were measured, then for any; `general` where nothing was."""
     entries: list[Configuration] = []
@@ -386,7 +397,7 @@ def pick(measured: dict[Problem, Times]) -> list[Configuration]:
     best: dict[tuple, dict[int | None, tuple[float, Configuration]]] = {}
     for max_rows, costs in buckets.items():
         for config, cost in costs.items():
-            of_order = best.setdefault(order_of(config), {})
+            of_order = best.setdefault(config.order, {})
             if max_rows not in of_order or cost < of_order[max_rows][0]:
                 of_order[max_rows] = cost, config
     least = min(found[None][0] for found in best.values() if None in found)
@@ -415,7 +426,7 @@ def defaults(device: torch.device) -> list[Configuration]:
 
 def write(path: Path, entries: Sequence[Configuration], measured: dict[Problem, Times], shapes: Sequence[Shape],
           device: torch.device | str) -> None:
-    """One entry a line, without what is left at its default."""
+    """One entry a line, without what is left at its default. The file is whole at any moment."""
     name = torch.cuda.get_device_name(device) if torch.cuda.is_available() else str(device)
     about = {
         "note": "Written by python -m kernels.tune: timed on this device at these shapes (T, D, F, E, K). "
@@ -433,7 +444,9 @@ def write(path: Path, entries: Sequence[Configuration], measured: dict[Problem, 
     parts = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in about.items()]
     parts += [f' "measured": {block(summary(measured))}', f' "entries": {block(lines)}']
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+    os.replace(unfinished, path)
 
 
 def summary(measured: dict[Problem, Times]) -> list[dict]:

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import time
+from itertools import pairwise
+from multiprocessing import active_children
 
 import pytest
 import torch
 
 from kernels import reference, tune
-from kernels.testing import expert_choice
+from kernels.testing import errors, expert_choice
 from kernels.triton_backend import configurations
 from kernels.triton_backend.configurations import PRODUCTS, Configuration, choose, load
 from kernels.tune import FEW, Problem, Shape, candidates, chosen, finalists, pick, problems, slowdowns
@@ -32,7 +35,7 @@ def test_candidates_are_pinned_and_fit(product, kind, target):
     assert made == candidates(product, kind, target) and len(set(made)) == len(made) >= 6
     for c in made:
         assert (c.product, c.kind, c.columns, c.depth, c.max_rows) == (product, kind, None, None, None)
-        assert tune.shared_memory(c) <= tune.SHARED.get(target, 232_448)
+        assert tune.shared_memory(c) <= tune.SHARED.get(target, tune.SHARED["sm_90"])
         assert not c.tma or (target in ("sm_90", "sm_100") and kind == "half")
 
 
@@ -147,16 +150,71 @@ def test_a_candidate_that_a_shape_refuses_is_out(capsys):
 
 
 def test_every_product_can_be_launched_by_itself():
-    """With a candidate's tiles, and what `up` writes is what the equation says."""
+    """With a candidate's tiles, each computes what the equation says."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tensors = tune.Tensors(SHAPE, "half", device)
+    t = tune.Tensors(SHAPE, "half", device)
+    got = {}
     for p in problems([SHAPE], ["half"])[:6]:
         small = Configuration(p.product, "half", 32, 32, 32, 4, 1)
-        tune.call_of(p, small, tensors)()
-    x_ND = tensors.x[tensors.dispatch.token_N.long()]
-    first = slice(0, int(tensors.dispatch.offset[1]))
-    want = x_ND[first].float() @ tensors.w_gate_up[0].float().T
-    torch.testing.assert_close(tensors.h_out[first].float(), want, rtol=2e-2, atol=2e-2)
+        found = tune.call_of(p, small, t)()
+        got[p.product, p.left_gathered] = (t.h_out, t.a_out) if p.product == "up" else found
+    token_N = t.dispatch.token_N.long()
+    of = [slice(*pair) for pair in pairwise(t.dispatch.offset.tolist())]
+    x, dout, w_gate_up, w_down, h, a = (v.float() for v in (t.x[token_N], t.dout[token_N], t.w_gate_up, t.w_down, t.h,
+                                                            t.a))
+    weight_N = torch.empty(len(token_N), device=device)
+    weight_N[t.dispatch.row_TK.long()] = t.weight_TK
+
+    def rows(left, w_E):
+        return torch.cat([left[of[e]] @ w_E[e] for e in range(SHAPE.E)])
+
+    def gradients(left, right):
+        return torch.stack([left[of[e]].T @ right[of[e]] for e in range(SHAPE.E)])
+
+    def activation(h):
+        gate, up = h.chunk(2, dim=1)
+        return torch.nn.functional.silu(gate) * up
+
+    up = rows(x, w_gate_up.mT)
+    h_leaf = h.clone().requires_grad_()
+    da = rows(dout, w_down)  # before the weight
+    (dh,) = torch.autograd.grad(activation(h_leaf), h_leaf, weight_N[:, None] * da)
+    dh_got, scaled_got, partial_got = got["down_backward", False]
+    for name, found, want in (
+            ("h", got["up", False][0], up), ("a", got["up", False][1], activation(up)),
+            ("y", got["rows_transposed", False], rows(a, w_down.mT)), ("dx", got["rows", False], rows(h, w_gate_up)),
+            ("dh", dh_got, dh), ("weight * a", scaled_got, weight_N[:, None] * activation(h)),
+            ("dweight", partial_got.sum(dim=0), (da * activation(h)).sum(dim=1)),
+            ("dw_down", got["weight_gradient", True], gradients(dout, a)),
+            ("dw_gate_up", got["weight_gradient", False], gradients(h, x))):
+        assert found.shape == want.shape and errors(found, want)[0] < 2 * torch.finfo(t.x.dtype).eps, name
+
+
+def test_who_hangs_in_the_compiler_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(tune, "try_one", time.sleep)
+    before, start = active_children(), time.monotonic()
+    assert tune.compiled([600.0, 601.0], deadline=start + 3, width=1) == (set(), {})
+    assert time.monotonic() - start < 60
+    for worker in active_children():
+        worker.join(20)
+    assert active_children() == before
+
+
+def test_the_file_is_kept_behind_each_problem_and_is_whole_at_any_moment(tmp_path, monkeypatch):
+    path, seen = tmp_path / "device.json", []
+
+    def keep(measured):
+        tune.write(path, chosen(measured, []), measured, [SHAPE], "a device")
+        seen.append(len(json.loads(path.read_text())["measured"]))
+
+    wanted = [problem(), problem(product="rows")]
+    tune.measure(wanted, {config(), config(product="rows")}, lambda calls, times: [c() for c in calls], device="cpu",
+                 calls=lambda *_: lambda: 1.0, keep=keep)
+    assert seen == [1, 2] and list(tmp_path.iterdir()) == [path]
+    monkeypatch.setattr(tune.os, "replace", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tune.write(path, [], {}, [], "a device")
+    assert len(json.loads(path.read_text())["measured"]) == 2, "what was there is left as it was"
 
 
 def test_dispatch_of_the_tensors():
