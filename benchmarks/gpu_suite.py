@@ -194,14 +194,15 @@ class Suite:
         start, out, statuses = time.monotonic(), self.folder / f"{name}.jsonl", []
         out.unlink(missing_ok=True)
         for share, more in benchmark_arguments(name):
-            before, status = len(read(out)), DEVICE_LOST
-            while status == DEVICE_LOST:  # another process goes on behind the point that took the device down
-                left = limit * share - (time.monotonic() - start)
+            before, done, found = len(read(out)), -1, 0
+            while found > done:  # another process goes on behind the point that took the device, or the process, down
+                done, left = found, limit * share - (time.monotonic() - start)
                 command = [*PYTHON, f"benchmarks.bench_{name}", "--device", "cuda", "--out", str(out),
-                           "--minutes", str(max(0.0, left - MARGIN) / 60),
-                           "--skip", str(num_points(read(out)[before:])), *more]
-                status = self.process(name, command, left)[0]
+                           "--minutes", str(max(0.0, left - MARGIN) / 60), "--skip", str(done), *more]
+                status, _ = self.process(name, command, left)
                 statuses.append(status)
+                if status is not None and (status == DEVICE_LOST or status < 0):
+                    found = num_points(read(out)[before:])
         rows = read(out)
         times = sum("ms" in row for row in rows)
         void = sum(bool(row.get("void")) and "against" not in row for row in rows)

@@ -154,7 +154,7 @@ def test_a_part_that_breaks_does_not_stop_the_others(suite, monkeypatch, capsys)
 
 
 def test_a_benchmark_goes_on_behind_the_point_that_takes_the_device_down(suite, monkeypatch):
-    script, commands = [(["a", "a", "b"], DEVICE_LOST), (["c"], 0)], []
+    script, commands = [(["a", "a", "b"], DEVICE_LOST), (["c"], -6), (["d"], 0)], []
 
     def process(part, command, limit):
         commands.append(command)
@@ -165,8 +165,13 @@ def test_a_benchmark_goes_on_behind_the_point_that_takes_the_device_down(suite, 
 
     monkeypatch.setattr(suite, "process", process)
     outcome = suite.benchmark("router", 100.0)
-    assert [command[command.index("--skip") + 1] for command in commands] == ["0", "2"]
-    assert outcome.status == "failed" and outcome.detail == "4 times, status [3], see log.txt"
+    assert [command[command.index("--skip") + 1] for command in commands] == ["0", "2", "3"]
+    assert outcome.status == "failed" and outcome.detail == "5 times, status [3, -6], see log.txt"
+
+
+def test_a_benchmark_that_gets_nowhere_is_not_begun_for_ever(suite, monkeypatch):
+    monkeypatch.setattr(suite, "process", lambda part, command, limit: (-11, 0.0))
+    assert suite.benchmark("router", 100.0).detail == "0 times, status [-11], see log.txt"
 
 
 def test_no_time_left(tmp_path):
