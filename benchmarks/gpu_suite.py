@@ -34,13 +34,13 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from benchmarks import gpu_checks, harness, records
 from benchmarks.memory import DEVICE_LOST
-from benchmarks.records import append
+from benchmarks.records import append, read
+from benchmarks.summary import SKEWED, Outcome, summary
 from benchmarks.tables import Row
 
 ROOT = Path(__file__).parents[1]
@@ -51,19 +51,8 @@ MARGIN = 12  # seconds before its limit that a benchmark begins no new point
 GRACE = 10  # seconds between the interrupt at a limit and the end
 LARGEST_LOG = 15 * 2**20  # bytes; what comes after is not kept
 WORKERS = 4  # processes that run the tests, where pytest-xdist is installed
-LONGEST = 60  # lines of the summary
 OF_THE_CPU = "tests/kernels/test_removal.py::test_a_plain_router_does_not_have_the_property"  # depends on its library
-SKEWED = ("zipf", "empty", "hot")
 PYTHON = [sys.executable, "-m"]
-
-
-class Outcome(NamedTuple):
-    """How a part ended."""
-
-    part: str
-    status: str  # "ok", "failed", "out of time", "skipped"
-    seconds: float
-    detail: str = ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -283,93 +272,6 @@ def num_points(rows: Sequence[Row]) -> int:
 
 def verdict(status: int | None) -> str:
     return "out of time" if status is None else "ok" if status == 0 else "failed"
-
-
-def read(path: Path) -> list[Row]:
-    """The lines of a file; what was cut off, because its writer was ended, is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            pass
-    return rows
-
-
-# ------------------------------------------------------------------------------------------------- the summary
-
-def summary(folder: Path, outcomes: Sequence[Outcome]) -> str:
-    environment = json.loads((folder / "environment.json").read_text())
-    versions = environment["versions"]
-    lines = [f"{environment['device']}, driver {environment.get('driver')}, torch {versions.get('torch')}, "
-             f"triton {versions.get('triton')}, commit {environment['commit']}"]
-    lines += [f"{o.part:<10} {o.status:<12} {o.seconds:5.0f} s  {o.detail}" for o in outcomes]
-    failed = [line for line in read(folder / "checks.jsonl") if not line["ok"]]
-    lines += [f"  FAIL {line['check']}: {line['detail'][:140]}" for line in failed[:12]]
-    experts, layer, router = (read(folder / f"{name}.jsonl") for name in TIMING)
-    lines += [*experts_lines(experts), *skew_lines(experts), *layer_lines(layer), *router_lines(router)]
-    if len(lines) > LONGEST:
-        lines = [*lines[:LONGEST - 1], f"... {len(lines) - LONGEST + 1} more lines: see the .jsonl files"]
-    return "\n".join(lines)
-
-
-def sizes(row: Row) -> str:
-    return " ".join(f"{letter}{size}" for letter, size in row["shape"].items())
-
-
-def experts_lines(rows: Sequence[Row]) -> list[str]:
-    """TFLOP/s and percent of P of every provider at every shape, even load."""
-    table: dict[tuple[str, str], dict[str, str]] = {}
-    for row in rows:
-        if row["load"] == "even" and "ms" in row and "tflop_per_s" in row:
-            cell = f"{row['tflop_per_s']:.0f} ({row['percent_of_p']:.0f} %){'!' * row['void']}"
-            table.setdefault((sizes(row), row["provider"]), {}).setdefault(row["pass"], cell)
-    if not table:
-        return []
-    p = [row["p_tflop_per_s"] for row in rows if "p_tflop_per_s" in row]
-    lines = [f"experts, TFLOP/s (percent of P: {min(p):.0f} to {max(p):.0f}; ! void): {', '.join(harness.PASSES)}"]
-    for (shape, provider), cells in table.items():
-        values = "".join(f"{cells.get(which, '-'):>13}" for which in harness.PASSES)
-        lines.append(f"  {shape:<32} {provider:<24}{values}")
-    return lines
-
-
-def skew_lines(rows: Sequence[Row]) -> list[str]:
-    """Time of skewed loads over that of the even one, from the same run."""
-    both = [row for row in rows if row.get("pass") == "both" and "ms" in row and row["provider"] == "kernels (triton)"]
-    lines = []
-    for shape in dict.fromkeys(sizes(row) for row in both):
-        of_shape = [row for row in both if sizes(row) == shape]
-        times = {row["load"]: row["ms"] for row in of_shape}  # the last even one is that of the skewed run
-        if set(times) > {"even"}:
-            lines.append(f"  {shape:<32} time over even: " + ", ".join(
-                f"{load} {times[load] / times['even']:.2f}" for load in SKEWED if load in times and "even" in times))
-    return lines
-
-
-def layer_lines(rows: Sequence[Row]) -> list[str]:
-    found = [row for row in rows if "against" in row and row["provider"] == "kernels (triton)"]
-    return ["layer, kernels (triton) against the best of transformers"] * bool(found) + [
-        f"  {sizes(row):<32} {row['pass']:<8} {row['speedup']:.2f} times as fast, {row['percent_of_p']:.0f} % of P, "
-        f"{row.get('memory_ratio', float('nan')):.2f} of its memory ({row['against'].removeprefix('transformers ')})"
-        for row in found]
-
-
-def router_lines(rows: Sequence[Row]) -> list[str]:
-    """One line for each mode: of every provider forward and backward, as a graph and launched by the host."""
-    table: dict[str, dict[str, dict[tuple[str, str], str]]] = {}
-    for row in rows:
-        if "us" in row:
-            of_provider = table.setdefault(row["op"].removeprefix("router: "), {}).setdefault(row["provider"], {})
-            of_provider[row["pass"], row["launch"]] = f"{row['us']:.0f}"
-
-    def cell(times: dict[tuple[str, str], str], launch: str) -> str:
-        return "/".join(times.get((which, launch), "-") for which in ("forward", "backward"))
-
-    lines = ["router, us forward/backward of the kernels (launched by the host)"] * bool(table)
-    return lines + [f"  {mode:<22}" + "  ".join(
-        f"{provider.removeprefix('kernels ')} {cell(times, 'graph')} ({cell(times, 'eager')})"
-        for provider, times in providers.items()) for mode, providers in table.items()]
 
 
 if __name__ == "__main__":

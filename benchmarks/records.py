@@ -35,6 +35,17 @@ def append(path: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(line) + "\n")
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file; what was cut off, because its writer was ended, is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            pass
+    return rows
+
+
 @functools.cache
 def environment(device: str) -> dict[str, Any]:
     """Of the machine, the code and the libraries: part of every line."""

@@ -83,6 +83,14 @@ def test_layer(quick, lines, capsys):
     assert "times as fast" in capsys.readouterr().out
 
 
+def test_points_at_the_beginning_can_be_left_out(monkeypatch):
+    seen = []
+    monkeypatch.setattr(harness, "run", lambda points, build, settings: seen.append(points) or [])
+    for more in ([], ["--skip", "3"]):
+        assert bench_router.main(["--device", "cpu", *more]) == 0
+    assert seen[1] == seen[0][3:] and len(seen[0]) > 3
+
+
 def test_ratios_are_against_the_fastest_peer():
     def row(provider, ms, peak, which="both"):
         return {"op": "layer", "shape": {}, "dtype": "float32", "load": "even", "pass": which, "provider": provider,

@@ -9,9 +9,10 @@ import torch
 
 import kernels
 from benchmarks import gpu_checks, gpu_suite
-from benchmarks.gpu_suite import Outcome, Suite, summary
+from benchmarks.gpu_suite import Suite
 from benchmarks.memory import DEVICE_LOST
-from benchmarks.records import append
+from benchmarks.records import append, read
+from benchmarks.summary import LONGEST, Outcome, summary
 
 
 @pytest.fixture
@@ -121,7 +122,7 @@ def test_checks_go_on_behind_what_dies(suite, monkeypatch):
 
     monkeypatch.setattr(suite, "process", process)
     outcome = suite.checks(100.0)
-    lines = gpu_suite.read(suite.checked)
+    lines = read(suite.checked)
     assert [(line["check"], line["ok"]) for line in lines] == [
         ("a", True), ("b", False), ("c", True), ("d", False), ("e", True)]
     assert outcome.status == "failed" and outcome.detail == "3 of 5 passed"
@@ -214,4 +215,4 @@ def test_summary(suite):
 
 def test_a_long_summary_is_cut(suite):
     text = summary(suite.folder, [Outcome("checks", "ok", 1.0)] * 100)
-    assert len(text.splitlines()) == gpu_suite.LONGEST and "42 more lines" in text
+    assert len(text.splitlines()) == LONGEST and "42 more lines" in text
