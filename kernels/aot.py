@@ -33,7 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kernels.reference import Gate
-from kernels.triton_backend import combine, dispatch, grouped_gemm, router
+from kernels.triton_backend import combine, dispatch, grouped_gemm, router, router_kernels
 from kernels.triton_backend.configurations import FOLDER, VARIABLE, Configuration, load
 from kernels.triton_backend.launch import INTERPRETED
 
@@ -161,7 +161,7 @@ def _of_router(architecture: str) -> Iterator[Build]:
                     "input_gradient": router.input_gradient_launch(S, torch.bfloat16, architecture),
                     "table_gradient": router.table_gradient_launch(S, torch.bfloat16, architecture)}
         for kernel, (constants, options) in launches.items():
-            names = getattr(router, kernel).arg_names
+            names = getattr(router_kernels, kernel).arg_names
             types = {name: "*fp32" if name.endswith("_ptr") else "i32" for name in names if name not in constants}
             known = {"x_ptr": "*bf16", "dx_ptr": "*bf16", "present_ptr": "*i1", "slot_ptr": "*i32", "count_ptr": "*i32",
                      "scale": "fp32"}
@@ -169,10 +169,10 @@ def _of_router(architecture: str) -> Iterator[Build]:
             label = f"bf16 S {S} K {gate.top_k} {gate.score}"
             low = constants["BLOCK_S" if kernel == "table_gradient" else "BLOCK_T"] < 64  # too low for wgmma, tcgen05
             matrix = "mma.sync" if low and architecture.startswith("sm") else MATRIX[architecture]
-            yield Build("router", kernel, label, architecture, types, constants, options,
+            yield Build("router_kernels", kernel, label, architecture, types, constants, options,
                         matrix=matrix if "PRODUCT" in constants else "")
     types = {"count_of_ptr": "*i32", "count_ptr": "*i32"}
-    yield _simple(router, "statistics", "", architecture, router.STATISTICS, {}, pointer="*fp32", types=types)
+    yield _simple(router_kernels, "statistics", "", architecture, router.STATISTICS, {}, pointer="*fp32", types=types)
 
 
 def _of_dispatch(architecture: str) -> Iterator[Build]:
