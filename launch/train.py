@@ -75,9 +75,12 @@ def _check_folder(run: RunFolder, resume: bool) -> None:
 
 
 def _resolve(config: Config, capacity: Capacity) -> Config:
-    """Replace `auto` by what it means on this cluster, so that config.yaml says what was run."""
+    """Replace `run.precision=auto` by what it means on this cluster, so that config.yaml says what was run. Raises
+    InputError for a backend that does not run here."""
     from moe.train.precision import resolve
 
+    if config.run.backend == "triton" and not capacity.use_gpu:
+        raise InputError("run.backend=triton: no worker has a GPU, which Triton's kernels need; want auto")
     precision = resolve(config.run.precision, capacity.use_gpu)
     return config.model_copy(update={"run": config.run.model_copy(update={"precision": precision})})
 

@@ -75,5 +75,6 @@ def measure_domain(config: dict[str, Any], run: RunFolder, domain: str) -> dict[
 
     torch.set_num_threads(1)  # sums in one order, whatever the machine
     checked = check(config)
-    backend.force(checked.run.backend)
+    if checked.run.backend != "triton":  # which is for training: measured is on a CPU
+        backend.force(checked.run.backend)
     return measure.measure_domain(checked, run, domain)

@@ -171,6 +171,12 @@ def cluster(monkeypatch):
     monkeypatch.setattr(launch_train, "_follow", follow)
 
 
+def test_a_backend_that_does_not_run_here_is_refused(polyclinic, cluster, config_file, tmp_path):
+    status, said = polyclinic("train", config_file, "run.backend=triton")
+    assert status == 2 and "run.backend=triton: no worker has a GPU" in said
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_run_describes_itself_before_it_begins(polyclinic, cluster, config_file, tmp_path):
     assert polyclinic("train", config_file, "run.precision=auto", "anchor.steps=9")[0] == 130
     folder = tmp_path / "runs/first"
