@@ -1,7 +1,7 @@
 """Every op of the model: its equation, its contract and its fast implementations.
 
 One op has one name in four places: `kernels/combine.py` (the contract and the code),
-`kernels/reference.py::combine` (the equation), `tests/kernels/test_combine.py` and the benchmark.
+`kernels/reference/` (the equation), `tests/kernels/test_combine.py` and the benchmark.
 Which implementation runs is decided in `kernels/backend.py`. Imports torch and triton only.
 
 Axis letters, everywhere in this folder:
@@ -13,28 +13,46 @@ Axis letters, everywhere in this folder:
 
 from kernels.attention import attention
 from kernels.combine import combine
+from kernels.decode import decode
 from kernels.dispatch import dispatch
 from kernels.documents import documents
 from kernels.experts import experts
-from kernels.linear_cross_entropy import linear_cross_entropy
-from kernels.norm import rms_norm
-from kernels.reference import IGNORED, Dispatch, Documents, Gate, Route
+from kernels.linear_cross_entropy import linear_cross_entropy, linear_log_prob
+from kernels.norm import add_rms_norm, rms_norm
+from kernels.reference import (
+    IGNORED,
+    CrossEntropy,
+    Dispatch,
+    Documents,
+    Gate,
+    Llama3Scaling,
+    RopeScaling,
+    Route,
+    YarnScaling,
+)
 from kernels.rope import rope, rope_table
 from kernels.router import balance_loss, route
 
 __all__ = [
     "IGNORED",
+    "CrossEntropy",
     "Dispatch",
     "Documents",
     "Gate",
+    "Llama3Scaling",
+    "RopeScaling",
     "Route",
+    "YarnScaling",
+    "add_rms_norm",
     "attention",
     "balance_loss",
     "combine",
+    "decode",
     "dispatch",
     "documents",
     "experts",
     "linear_cross_entropy",
+    "linear_log_prob",
     "rms_norm",
     "rope",
     "rope_table",

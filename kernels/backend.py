@@ -2,12 +2,11 @@
 
     triton      our kernels (kernels/triton_backend). GPUs; under TRITON_INTERPRET=1 CPU tensors, slowly, for tests.
     torch       fast PyTorch: sorted rows, one product per expert. CPUs; runs on a GPU too.
-    reference   the plain equations of kernels/reference.py: the oracle, slow.
+    reference   the plain equations of kernels/reference: the oracle, slow.
 
 POLYCLINIC_BACKEND forces one for the whole process. The choice is logged once with its reason. POLYCLINIC_DEBUG=1 has
 the ops check on a GPU, too, what they can only check by waiting for it.
-There is no silent fallback: a name that does not exist, or cannot run on the device, is a ValueError; an op that has
-no Triton kernel says so in the log.
+There is no silent fallback: a name that does not exist, or cannot run on the device, is a ValueError.
 """
 
 import functools
@@ -23,13 +22,13 @@ VARIABLE, DEBUG = "POLYCLINIC_BACKEND", "POLYCLINIC_DEBUG"
 log = logging.getLogger(__name__)
 
 
-def choose(x: Tensor, in_triton: bool = True) -> str:
-    """The backend for an op whose first input is x: one of BACKENDS. `in_triton`: whether the op has a kernel there."""
-    return _choose(x.device.type, x.dtype, in_triton, os.environ.get(VARIABLE, ""))
+def choose(x: Tensor) -> str:
+    """The backend for an op whose first input is x: one of BACKENDS."""
+    return _choose(x.device.type, x.dtype, os.environ.get(VARIABLE, ""))
 
 
 @functools.cache
-def _choose(device_type: str, dtype: torch.dtype, in_triton: bool, forced: str) -> str:
+def _choose(device_type: str, dtype: torch.dtype, forced: str) -> str:
     # Cached, so that each combination is decided and logged once.
     if forced and forced not in BACKENDS:
         raise ValueError(f"{VARIABLE}={forced}: want one of {', '.join(BACKENDS)}")
@@ -41,8 +40,6 @@ def _choose(device_type: str, dtype: torch.dtype, in_triton: bool, forced: str) 
         name, reason = "torch", "the Triton kernels sum in float32"
     else:
         name, reason = "triton", "the fastest that exists there"
-    if name == "triton" and not in_triton:
-        name, reason = "torch", "these ops have no Triton kernel yet"
     if name == "triton":
         if dtype == torch.float64:
             raise ValueError(f"{VARIABLE}=triton: the Triton kernels take float16, bfloat16 and float32, not float64")

@@ -1,37 +1,138 @@
-"""Linear + cross-entropy: the loss of every token without ever holding all logits.
+"""Linear + cross-entropy: the loss of a language model without ever holding all logits.
 
-    nll_T[t] = logsumexp_V(h_TD[t] w_VD^T) - h_TD[t] . w_VD[label_T[t]]       0 where label is IGNORED
+    z = h w^T;  logsumexp_T[t] = logsumexp(z[t]);  nll_T[t] = logsumexp_T[t] - z[t, label_T[t]];  log_prob_T = -nll_T
+    linear_cross_entropy    loss = sum_t weight_T[t] (nll_T[t] + z_weight logsumexp_T[t]^2), and nll_T, logsumexp_T
+    linear_log_prob         log_prob_T
 
-Shapes  h [T, D], w [V, D], label [T]; nll [T].
-Dtypes  h and w one floating dtype; label int32 or int64; logits, sums and nll float32 (float64 for
-        float64 inputs).
-Needs   0 <= label < V or IGNORED (-100), checked on a CPU only (it would need a host sync).
-Grads   h and w; first order only. dlogits = dnll (softmax(logits) - onehot(label)); dlogits is
-        rounded to h's dtype for the two products, dw adds the chunks up in float32.
-Errors  ValueError for a wrong shape, dtype or device; on a CPU for the first label out of range.
-Cost    2 * T * D * V flops forward, 6 backward (the logits are computed again). A chunk of logits
-        exists at a time, plus a float32 dw while the backward runs.
-Source  Row chunks as in Liger-Kernel, arXiv:2410.10989; recomputation as in CCE, arXiv:2411.09009.
+Shapes  h [T, D], w [V, D], label and weight [T]; loss a scalar, nll, logsumexp and log_prob [T].
+        0 where the label is IGNORED (-100): such a token has no loss, no z-loss and no gradient.
+Dtypes  h and w one floating dtype; label int32 or int64; weight and all results float32 (float64 for float64 inputs).
+Needs   0 <= label < V or IGNORED, checked on a CPU only (it would need a host sync); triton: NaN where it is not so.
+Grads   h and w, each only where it is asked for; first order only. Of linear_cross_entropy the loss alone is
+        differentiable, nll_T and logsumexp_T are for the record, and weight_T is given, not learned.
+        dz = weight (softmax(z) (1 + 2 z_weight logsumexp) - onehot(label)), rounded to h's dtype for the products.
+NaN     A token that is ignored or has weight 0 adds nothing to the loss and to dw and gets a dh of 0, even if its row
+        of h is not finite. All ignored: loss 0, gradients 0.
+Bits    No atomics: runs repeat bit for bit. triton: without a gradient a row's bits do not depend on other rows.
+Logits  float32, but for half precision on a CPU while training: no product there takes bfloat16 to float32, and a
+        second one for what the first rounded away would cost a third more. There they are rounded to h's dtype, as
+        torch's own are. Without a gradient both are made (16 bits of every logit).
+Errors  ValueError for a wrong shape, dtype or device, a weight that requires a gradient; on a CPU for the first label
+        out of range.
+Cost    linear_cross_entropy: 6 * T * D * V flops, all in the forward, since the weights are known there: rows by
+        chunks, each chunk's logits become their own gradient; the backward multiplies once by what arrives. Holds dh,
+        dw in float32 and a chunk of logits. Without a gradient, and linear_log_prob: 2 * T * D * V (4 in half precision
+        on a CPU); the backward of linear_log_prob is 6 again.
+        torch backend: kernels/torch_backend/linear_cross_entropy.py; on a GPU it waits for the labels.
+        triton backend: kernels/triton_backend/linear_cross_entropy.py; no wait. Without a gradient no logits in memory.
+Source  Gradients in the forward, by chunks of rows: Liger-Kernel, arXiv:2410.10989. Logits that never leave the
+        processor: Cut Cross-Entropy, arXiv:2411.09009.
 """
 
+from types import ModuleType
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import backend, checks, reference
-from kernels.reference import IGNORED
-
-# Logits at a time. Fewer rows would spend the time on adding up dw instead of on the products.
-CHUNK_LOGITS, CHUNK_ROWS = 2**22, 256
+from kernels.reference import IGNORED, CrossEntropy
 
 
-def linear_cross_entropy(h_TD: Tensor, w_VD: Tensor, label_T: Tensor) -> Tensor:
-    """Return nll_T; see the module docstring for the contract."""
+def linear_cross_entropy(h_TD: Tensor, w_VD: Tensor, label_T: Tensor, weight_T: Tensor,
+                         z_weight: float = 0.0) -> CrossEntropy:
+    """Return (loss, nll_T, logsumexp_T); see the module docstring for the contract."""
     _check(h_TD, w_VD, label_T)
-    if backend.choose(h_TD, in_triton=False) == "reference":
-        return reference.linear_cross_entropy(h_TD, w_VD, label_T)
-    return _LinearCrossEntropy.apply(h_TD, w_VD, label_T)
+    _check_weight(weight_T, label_T)
+    if backend.choose(h_TD) == "reference":
+        return reference.linear_cross_entropy(h_TD, w_VD, label_T, weight_T, z_weight)
+    h_TD, w_VD, label_T = h_TD.contiguous(), w_VD.contiguous(), label_T.contiguous()
+    weight_T = weight_T.to(reference.at_least_float32(h_TD)).masked_fill(label_T == IGNORED, 0.0)
+    if torch.is_grad_enabled() and (h_TD.requires_grad or w_VD.requires_grad):
+        return CrossEntropy(*_LinearCrossEntropy.apply(h_TD, w_VD, label_T, weight_T, z_weight))
+    log_prob_T, logsumexp_T = _implementation(h_TD).log_prob(h_TD, w_VD, label_T)
+    return CrossEntropy(_loss(log_prob_T, logsumexp_T, weight_T, z_weight), -log_prob_T, logsumexp_T)
+
+
+def linear_log_prob(h_TD: Tensor, w_VD: Tensor, label_T: Tensor) -> Tensor:
+    """Return log_prob_T; see the module docstring for the contract."""
+    _check(h_TD, w_VD, label_T)
+    if backend.choose(h_TD) == "reference":
+        return reference.linear_log_prob(h_TD, w_VD, label_T)
+    h_TD, w_VD, label_T = h_TD.contiguous(), w_VD.contiguous(), label_T.contiguous()
+    if torch.is_grad_enabled() and (h_TD.requires_grad or w_VD.requires_grad):
+        return _LinearLogProb.apply(h_TD, w_VD, label_T)
+    return _implementation(h_TD).log_prob(h_TD, w_VD, label_T)[0]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h_TD, w_VD, label_T, weight_T, z_weight):
+        # Of the loss with weights whose largest is 1: so gradients in half precision neither vanish nor overflow,
+        # and tokens of one weight are not multiplied by anything but once, in the backward.
+        relative_T, largest = _relative(weight_T)
+        log_prob_T, logsumexp_T, dh_TD, dw_VD = _implementation(h_TD).gradients(
+            h_TD, w_VD, label_T, relative_T, z_weight, ctx.needs_input_grad[:2])
+        ctx.save_for_backward(dh_TD, dw_VD, largest)
+        ctx.dtypes = h_TD.dtype, w_VD.dtype
+        nll_T = -log_prob_T
+        ctx.mark_non_differentiable(nll_T, logsumexp_T)
+        return _loss(log_prob_T, logsumexp_T, weight_T, z_weight), nll_T, logsumexp_T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss, _dnll_T, _dlogsumexp_T):
+        *gradients, largest = ctx.saved_tensors
+        factor = dloss * largest
+        dh_TD, dw_VD = (_scaled(x, factor, dtype) for x, dtype in zip(gradients, ctx.dtypes, strict=True))
+        return dh_TD, dw_VD, None, None, None  # h, w, label, weight, z_weight
+
+
+class _LinearLogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h_TD, w_VD, label_T):
+        ctx.implementation = _implementation(h_TD)
+        ctx.save_for_backward(h_TD, w_VD, label_T)
+        return ctx.implementation.log_prob(h_TD, w_VD, label_T)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dlog_prob_T):
+        h_TD, w_VD, label_T = ctx.saved_tensors
+        # A loss with the weight -dlog_prob for each token: 0 * inf at an ignored one would be NaN.
+        relative_T, largest = _relative(-dlog_prob_T.masked_fill(label_T == IGNORED, 0.0))
+        *_, dh_TD, dw_VD = ctx.implementation.gradients(
+            h_TD, w_VD, label_T, relative_T, 0.0, ctx.needs_input_grad[:2])
+        return _scaled(dh_TD, largest, h_TD.dtype), _scaled(dw_VD, largest, w_VD.dtype), None  # h, w, label
+
+
+def _implementation(h_TD: Tensor) -> ModuleType:
+    if backend.choose(h_TD) == "triton":
+        from kernels.triton_backend import linear_cross_entropy as implementation
+    else:
+        from kernels.torch_backend import linear_cross_entropy as implementation
+    return implementation
+
+
+def _relative(weight_T: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights divided by the largest magnitude among them, and that magnitude."""
+    if weight_T.numel() == 0:
+        return weight_T, weight_T.new_ones(())
+    largest = weight_T.abs().amax()
+    largest = torch.where(largest > 0, largest, 1.0)
+    return weight_T / largest, largest
+
+
+def _loss(log_prob_T: Tensor, logsumexp_T: Tensor, weight_T: Tensor, z_weight: float) -> Tensor:
+    each_T = z_weight * logsumexp_T.square() - log_prob_T if z_weight else -log_prob_T
+    return torch.where(weight_T != 0, weight_T * each_T, 0.0).sum()
+
+
+def _scaled(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
+    if gradient is None:
+        return None
+    # With one axis the factor keeps its dtype; without, a GPU would round it to the gradient's before it multiplies.
+    return torch.mul(gradient, factor.view(1), out=torch.empty_like(gradient, dtype=dtype))
 
 
 def _check(h_TD: Tensor, w_VD: Tensor, label_T: Tensor) -> None:
@@ -44,6 +145,7 @@ def _check(h_TD: Tensor, w_VD: Tensor, label_T: Tensor) -> None:
     checks.same_device(h=h_TD, w=w_VD, label=label_T)
     V = w_VD.shape[0]
     checks.at_least("the vocabulary of w", V, 1)
+    checks.at_least("D, the columns of h,", D, 1)
     if label_T.device.type == "cpu":
         wrong = ((label_T < 0) & (label_T != IGNORED)) | (label_T >= V)
         if wrong.any():
@@ -51,53 +153,9 @@ def _check(h_TD: Tensor, w_VD: Tensor, label_T: Tensor) -> None:
             raise ValueError(f"label[{t}] is {int(label_T[t])}: want 0 to {V - 1}, or {IGNORED} to ignore it")
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, h_TD, w_VD, label_T):
-        label_T = label_T.long()
-        ctx.save_for_backward(h_TD, w_VD, label_T)
-        nll_T = h_TD.new_empty(h_TD.shape[0], dtype=reference.at_least_float32(h_TD))
-        for rows in _chunks(h_TD, w_VD):
-            nll_T[rows] = F.cross_entropy(
-                _logits(h_TD[rows], w_VD), label_T[rows], ignore_index=IGNORED, reduction="none")
-        return nll_T
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dnll_T):
-        h_TD, w_VD, label_T = ctx.saved_tensors
-        needs_h, needs_w, _ = ctx.needs_input_grad
-        dh_TD = torch.empty_like(h_TD) if needs_h else None
-        dw_VD = torch.zeros_like(w_VD, dtype=dnll_T.dtype) if needs_w else None
-        dnll_T = dnll_T.masked_fill(label_T == IGNORED, 0.0)  # their label below may then be any
-        label_T = label_T.clamp(min=0)
-        for rows in _chunks(h_TD, w_VD):
-            p_nV = _logits(h_TD[rows], w_VD).softmax(dim=1)
-            p_nV[torch.arange(p_nV.shape[0], device=p_nV.device), label_T[rows]] -= 1.0
-            dlogits = p_nV.mul_(dnll_T[rows, None]).to(h_TD.dtype)
-            if needs_h:
-                torch.mm(dlogits, w_VD, out=dh_TD[rows])
-            if needs_w and dw_VD.dtype == w_VD.dtype:
-                dw_VD.addmm_(dlogits.T, h_TD[rows])
-            elif needs_w:
-                dw_VD += dlogits.T @ h_TD[rows]
-        return dh_TD, dw_VD.to(w_VD.dtype) if needs_w else None, None  # h, w, label
-
-
-def _chunks(h_TD: Tensor, w_VD: Tensor) -> list[slice]:
-    T, step = h_TD.shape[0], max(CHUNK_ROWS, CHUNK_LOGITS // w_VD.shape[0])
-    return [slice(first, min(first + step, T)) for first in range(0, T, step)]
-
-
-def _logits(h_nD: Tensor, w_VD: Tensor) -> Tensor:
-    """h w^T, not rounded to h's dtype."""
-    dtype = reference.at_least_float32(h_nD)
-    if h_nD.dtype == dtype:
-        return h_nD @ w_VD.T
-    if h_nD.device.type == "cuda":
-        return torch.mm(h_nD, w_VD.T, out_dtype=dtype)
-    # No product on a CPU takes bfloat16 to float32. The second one below gives what the first one
-    # lost to rounding: 16 bits of every logit, at 60 % of the time of a product in float32.
-    rounded = h_nD @ w_VD.T
-    rest = torch.addmm(rounded, h_nD, w_VD.T, beta=-1)
-    return rounded.to(dtype).add_(rest)
+def _check_weight(weight_T: Tensor, label_T: Tensor) -> None:
+    checks.shape("weight", weight_T, "T", label_T.shape[0])
+    checks.dtype("weight", weight_T, torch.float32, torch.float64)
+    checks.same_device(label=label_T, weight=weight_T)
+    if torch.is_grad_enabled() and weight_T.requires_grad:
+        raise ValueError("weight requires a gradient: want it detached, it is given and not learned")

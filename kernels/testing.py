@@ -118,7 +118,7 @@ def outputs_and_gradients(op: Callable, inputs: Sequence, to: torch.dtype | None
     out = [o for o in (out if isinstance(out, tuple) else (out,)) if o.is_floating_point()]
     leaves = [x for x in given if isinstance(x, Tensor) and x.requires_grad]
     upstream = [strided_like(o, seed=99 + i) for i, o in enumerate(out)]
-    return [*out, *torch.autograd.grad(out, leaves, upstream)]
+    return [*out, *(torch.autograd.grad(out, leaves, upstream) if leaves else ())]
 
 
 def tolerance(dtype: torch.dtype, terms: int) -> float:

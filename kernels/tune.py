@@ -33,7 +33,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from kernels.aot import SHARED_LIMIT
+from kernels.aot.build import SHARED_LIMIT
 from kernels.testing import expert_choice
 from kernels.triton_backend import grouped_gemm
 from kernels.triton_backend.configurations import (
