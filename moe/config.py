@@ -54,6 +54,27 @@ class TokenizerConfig(Section):
     vocab_size: Annotated[int, Field(ge=260)]  # 256 bytes and the special tokens are always in
 
 
+class Llama3ScalingConfig(Section):
+    """RoPE for contexts longer than those of the pretraining, as in Llama 3.1."""
+
+    kind: Literal["llama3"]
+    factor: PositiveFloat
+    original_context: PositiveInt  # tokens, before the stretch
+    low_frequency_factor: PositiveFloat = 1.0
+    high_frequency_factor: PositiveFloat = 4.0
+
+
+class YarnScalingConfig(Section):
+    """The same by YaRN, arXiv:2309.00071."""
+
+    kind: Literal["yarn"]
+    factor: PositiveFloat
+    original_context: PositiveInt  # tokens, before the stretch
+    beta_fast: PositiveFloat = 32.0
+    beta_slow: PositiveFloat = 1.0
+    magnitude_scale: PositiveFloat | None = None  # of cosines and sines; null: 0.1 ln(factor) + 1
+
+
 class ModelConfig(Section):
     """The decoder: pre-norm, grouped-query attention with RoPE, SwiGLU experts behind a fixed-width slot table."""
 
@@ -64,9 +85,12 @@ class ModelConfig(Section):
     d_ff: PositiveInt  # hidden width of the anchor's FFN and of each expert
     context_length: PositiveInt  # longest document window seen in training
     rope_theta: PositiveFloat = 1e4
+    rope_scaling: Annotated[Llama3ScalingConfig | YarnScalingConfig, Field(discriminator="kind")] | None = None
     norm_eps: PositiveFloat = 1e-5
     qk_norm: bool = True
     window: PositiveInt | None = None  # sliding-window attention: how many tokens a query sees
+    attention_softcap: PositiveFloat | None = None  # attention's logits z become softcap * tanh(z / softcap)
+    attention_sinks: bool = False  # one learned logit for each head, whose share of the attention goes nowhere
     num_slots: PositiveInt = 16  # width of the router's table; fixed for the life of the model
     top_k: PositiveInt = 2  # experts a token may use
 
@@ -147,6 +171,8 @@ class TrainConfig(Section):
     beta1: Share = 0.9
     beta2: Share = 0.95
     clip: PositiveFloat = 1.0  # largest gradient norm
+    attention_dropout: Share = 0.0
+    recompute_layers: bool = False  # keep only each layer's input for the backward: less memory, a third more work
     zero_stage: Literal[1, 2] = 1
     evaluate_every: PositiveInt  # steps
     checkpoint_every: PositiveInt  # steps

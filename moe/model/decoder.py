@@ -9,10 +9,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import kernels
-from kernels import Documents, Route
-from moe.config import ModelConfig
+from kernels import CrossEntropy, Documents, Llama3Scaling, RopeScaling, Route, YarnScaling
+from moe.config import Llama3ScalingConfig, ModelConfig
+from moe.model.attention import Context
+from moe.model.cache import KVCache
 from moe.model.experts import DenseFFN
 from moe.model.layer import Layer
 from moe.model.mixture import MixtureFFN
@@ -34,31 +37,50 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.slots = config, tuple(sorted(slots))
         self.embedding = nn.Embedding(vocab_size, config.d_model)
-        self.layers = nn.ModuleList(Layer(config, self._ffn()) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Layer(config, number, self._ffn()) for number in range(config.num_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.recompute_layers = False  # in training: keep each layer's input and compute the rest of it again
 
     def _ffn(self) -> nn.Module:
         if self.slots:
             return MixtureFFN(self.config, self.slots)
         return DenseFFN(self.config.d_model, self.config.d_ff)
 
-    def forward(self, token_T: Tensor, documents: Documents) -> Output:
-        cos_TR, sin_TR = self.rope(documents)
+    def forward(self, token_T: Tensor, documents: Documents, dropout: float = 0.0, seed: int = 0) -> Output:
+        """`dropout` is of attention's weights, drawn by `seed`: equal seeds drop equal weights."""
+        context = self.context(documents, dropout, seed)
         x_TD = self.embedding(token_T)
         routes = []
         for layer in self.layers:
-            x_TD, route = layer(x_TD, documents, cos_TR, sin_TR)
+            if self.recompute_layers and torch.is_grad_enabled():
+                # Nothing in a layer draws from torch's generators, so their state need not be kept.
+                x_TD, route = checkpoint(layer, x_TD, context, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_TD, route = layer(x_TD, context)
             if route is not None:
                 routes.append(route)
         return Output(self.norm(x_TD), tuple(routes))
 
-    def rope(self, documents: Documents) -> tuple[Tensor, Tensor]:
-        """cos_TR and sin_TR of each token's place in its document."""
-        return kernels.rope_table(documents.position_T, self.config.head_size, self.config.rope_theta)
+    def context(self, documents: Documents, dropout: float = 0.0, seed: int = 0) -> Context:
+        """With the rotation of each token's place in its document."""
+        table = kernels.rope_table(documents.position_T, self.config.head_size, self.config.rope_theta, self._scaling())
+        return Context(documents, *table, dropout, seed)
+
+    def _scaling(self) -> RopeScaling | None:
+        section = self.config.rope_scaling
+        if section is None:
+            return None
+        kind = Llama3Scaling if isinstance(section, Llama3ScalingConfig) else YarnScaling
+        return kind(**section.model_dump(exclude={"kind"}))
 
     def nll(self, hidden_TD: Tensor, label_T: Tensor) -> Tensor:
-        """Negative log-likelihood of each label in nats, float32 [T]; 0 where the label is ignored."""
-        return kernels.linear_cross_entropy(hidden_TD, self.embedding.weight, label_T)
+        """Negative log-likelihood of each label in nats, float32 [T]; 0 where the label is ignored. For evaluation: its
+        logits are not rounded."""
+        return -kernels.linear_log_prob(hidden_TD, self.embedding.weight, label_T)
+
+    def loss(self, hidden_TD: Tensor, label_T: Tensor, weight_T: Tensor, z_weight: float = 0.0) -> CrossEntropy:
+        """For training: the weighted sum of nll + z_weight * logsumexp^2, and what it is made of."""
+        return kernels.linear_cross_entropy(hidden_TD, self.embedding.weight, label_T, weight_T, z_weight)
 
     def use(self, slots: Iterable[int]) -> None:
         """Route to these slots only, in every layer: opt-out by masking."""
@@ -84,3 +106,25 @@ class Decoder(nn.Module):
             std = INIT_STD / math.sqrt(2 * self.config.num_layers) if into_residual else INIT_STD
             parameter.normal_(0.0, std, generator=generator)
         return self
+
+    @torch.no_grad()
+    def prefill(self, token_T: Tensor, documents: Documents, room: int) -> tuple[Tensor, KVCache]:
+        """Read prompts: the hidden states of their last tokens, and a cache where each can grow to `room` tokens."""
+        cache = KVCache(self.config, len(documents.boundaries) - 1, room, self.embedding.weight.dtype, token_T.device)
+        cache.begin(documents)
+        hidden_TD = self._cached(token_T, documents, cache)
+        return hidden_TD[documents.cu_seqlens[1:].long() - 1], cache
+
+    @torch.no_grad()
+    def decode(self, token_B: Tensor, cache: KVCache) -> Tensor:
+        """Hidden states [B, D] of one more token of each sequence in the cache, which it goes into."""
+        cache.advance()
+        return self._cached(token_B, None, cache)
+
+    def _cached(self, token_T: Tensor, documents: Documents | None, cache: KVCache) -> Tensor:
+        table = kernels.rope_table(cache.position_T, self.config.head_size, self.config.rope_theta, self._scaling())
+        context = Context(documents, *table, cache=cache)
+        x_TD = self.embedding(token_T)
+        for layer in self.layers:
+            x_TD, _ = layer(x_TD, context)
+        return self.norm(x_TD)

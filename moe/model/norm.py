@@ -1,4 +1,4 @@
-"""RMSNorm over the last axis: of the residual stream, and of each head's queries and keys."""
+"""RMSNorm over the last axis, alone or behind the addition to the residual stream."""
 
 import torch
 from torch import Tensor, nn
@@ -13,5 +13,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        rows_TD = x.reshape(-1, x.shape[-1])
-        return kernels.rms_norm(rows_TD, self.weight, self.eps).view(x.shape)
+        return kernels.rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """x + residual, and its norm."""
+        return kernels.add_rms_norm(x, residual, self.weight, self.eps)

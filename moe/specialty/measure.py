@@ -131,8 +131,8 @@ def _logits(model: Decoder, batch: Batch) -> Tensor:
 def _plain_router_differs(merged: ModelFolder, subset: tuple[str, ...], batch: Batch) -> bool:
     """Whether dropping rows from the first layer's product, instead of masking them, changes a bit of what stays."""
     decoder, first = merged.decoder, merged.decoder.layers[0]
-    h_TD = first.attend(decoder.embedding(batch.token_T), batch.documents, *decoder.rope(batch.documents))
-    x_TD = first.ffn_norm(h_TD).float()
+    _, normed_TD = first.attend(decoder.embedding(batch.token_T), decoder.context(batch.documents))
+    x_TD = normed_TD.float()
     table_SD = first.ffn.router.table.float()
     everybody = list(merged.decoder.slots)
     stay = [ANCHOR_SLOT, *sorted(merged.owners[name] for name in subset)]

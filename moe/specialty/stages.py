@@ -119,6 +119,7 @@ def _job(config: Config, run: RunFolder, stage: str, identity: str, section: Tra
         config=section,
         precision=config.run.precision,
         z_loss_weight=z_loss_weight,
+        seed=config.run.seed,
         tracking=config.tracking,
         deepspeed=config.deepspeed,
     )

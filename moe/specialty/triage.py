@@ -62,24 +62,22 @@ class _Text:
     def __init__(self, model: Decoder, batches: Sequence[Batch], expert: str | None = None):
         self._expert = expert
         batches = [batch.to(model.embedding.weight.device) for batch in batches]
-        self._documents = [batch.documents for batch in batches]
-        self._rope = [model.rope(batch.documents) for batch in batches]
+        self._contexts = [model.context(batch.documents) for batch in batches]
         self._x = [model.embedding(batch.token_T) for batch in batches]
 
     def router_inputs(self, layer: Layer) -> Tensor:
         """What the layer's router sees of all tokens, float32 [T, D]."""
-        self._x = [
-            layer.attend(x, documents, *rope)
-            for x, documents, rope in zip(self._x, self._documents, self._rope, strict=True)
-        ]
-        return torch.cat([layer.ffn_norm(h) for h in self._x]).float()
+        attended = [layer.attend(x, context) for x, context in zip(self._x, self._contexts, strict=True)]
+        self._h, self._normed = zip(*attended, strict=True)
+        return torch.cat(self._normed).float()
 
     def leave(self, layer: Layer) -> None:
         if self._expert is None:
-            self._x = [layer.feed_forward(h)[0] for h in self._x]
+            out = [layer.ffn(normed)[0] for normed in self._normed]
         else:
             expert: Experts = getattr(layer.ffn, self._expert)
-            self._x = [h + expert.alone(layer.ffn_norm(h)) for h in self._x]
+            out = [expert.alone(normed) for normed in self._normed]
+        self._x = [h + y for h, y in zip(self._h, out, strict=True)]
 
 
 def _discriminant(own_TD: Tensor, public_TD: Tensor, change_TD: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ class Job:
     config: TrainConfig
     precision: str
     z_loss_weight: float
+    seed: int  # of attention's dropout
     tracking: TrackingConfig
     deepspeed: dict[str, Any]
 
@@ -49,6 +51,7 @@ def train(
     `held_out` gives bits per byte of held-out text; `before_update`, told the number of updates done, may set the
     model's buffers. Every rank must call it, with its own part of the loader."""
     config = job.config
+    model.recompute_layers = config.recompute_layers
     engine = Engine(model, config, job.precision, job.deepspeed)
     state = checkpoint.restore(job.folder / "checkpoints", engine, job.identity)
     loader.position = state.position
@@ -58,9 +61,11 @@ def train(
     while state.step < config.steps and not recorder.stop_requested:
         recorder.start_step()
         before_update(state.step)
-        for batch in loader.micro_batches():
+        for number, batch in enumerate(loader.micro_batches()):
             batch = batch.to(engine.device)
-            loss = next_token(model, engine(batch.token_T, batch.documents), batch, job.z_loss_weight)
+            seed = _dropout_seed(job.seed, state.step, engine.rank, number)
+            output = engine(batch.token_T, batch.documents, config.attention_dropout, seed)
+            loss = next_token(model, output, batch, job.z_loss_weight)
             _check_finite(loss.total, state.step, batch)
             engine.backward(loss.total)  # after the last micro-batch: reduce, clip, update
             recorder.add(loss)
@@ -77,6 +82,11 @@ def train(
     if metrics:
         metrics.close()
     return state.step == config.steps
+
+
+def _dropout_seed(*of: int) -> int:
+    """Of the run's seed, an update, a rank and a micro-batch: the same when the update is made again."""
+    return int.from_bytes(blake2b(repr(of).encode(), digest_size=7).digest(), "little")
 
 
 def _check_finite(loss: torch.Tensor, step: int, batch: Batch) -> None:

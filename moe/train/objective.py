@@ -26,9 +26,11 @@ class LossParts:
 
 
 def next_token(model: Decoder, output: Output, batch: Batch, z_loss_weight: float) -> LossParts:
-    nll_sum = model.nll(output.hidden_TD, batch.label_T).sum()
-    z_loss = nll_sum.new_zeros(())
+    T = batch.label_T.numel()
+    weight_T = torch.full((T,), 1 / T, device=batch.label_T.device)
+    tokens = model.loss(output.hidden_TD, batch.label_T, weight_T)
+    z_loss = tokens.loss.new_zeros(())
     if output.routes:
         z_loss = torch.stack([route.z_loss for route in output.routes]).mean()
-    total = nll_sum / batch.label_T.numel() + z_loss_weight * z_loss
-    return LossParts(total, nll_sum.detach(), (batch.label_T != IGNORED).sum(), z_loss.detach())
+    total = tokens.loss + z_loss_weight * z_loss
+    return LossParts(total, tokens.nll_T.sum(), (batch.label_T != IGNORED).sum(), z_loss.detach())

@@ -40,11 +40,16 @@ def norm(x, weight, eps):
     return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
-def turned(x, theta):
+def turned(x, config):
     """RoPE by complex numbers: element c and c + C/2 are the parts of one number."""
     n, _, width = x.shape
     half = width // 2
-    angle = torch.arange(n).double()[:, None] * theta ** (-torch.arange(half).double() / half)
+    frequency = config.rope_theta ** (-torch.arange(half).double() / half)
+    if config.rope_scaling:  # Llama 3: wavelengths that fit less than once into the old context are stretched
+        turns = config.rope_scaling.original_context * frequency / (2 * math.pi)
+        kept = ((turns - 1) / 3).clamp(0, 1)
+        frequency = kept * frequency + (1 - kept) * frequency / config.rope_scaling.factor
+    angle = torch.arange(n).double()[:, None] * frequency
     z = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)[:, None]
     return torch.cat([z.real, z.imag], dim=-1)
 
@@ -54,15 +59,18 @@ def independent_attention(x, p, config):
     q, k, v = ((x @ p[f"{name}_proj.weight"].T).view(n, -1, C) for name in "qkv")
     if config.qk_norm:
         q, k = norm(q, p["q_norm.weight"], config.norm_eps), norm(k, p["k_norm.weight"], config.norm_eps)
-    q, k = turned(q, config.rope_theta), turned(k, config.rope_theta)
+    q, k = turned(q, config), turned(k, config)
     heads = []
     for h in range(config.num_heads):
         g = h // (config.num_heads // config.num_kv_heads)
         rows = []
         for t in range(n):
             first = 0 if config.window is None else max(0, t - config.window + 1)
-            weight = (k[first : t + 1, g] @ q[t, h] / math.sqrt(C)).softmax(0)
-            rows.append(weight @ v[first : t + 1, g])
+            z = k[first : t + 1, g] @ q[t, h] / math.sqrt(C)
+            if config.attention_softcap:
+                z = config.attention_softcap * (z / config.attention_softcap).tanh()
+            sink = p["sink_H"][h].exp() if config.attention_sinks else 0
+            rows.append(z.exp() / (z.exp().sum() + sink) @ v[first : t + 1, g])
         heads.append(torch.stack(rows))
     return torch.stack(heads, dim=1).flatten(1) @ p["o_proj.weight"].T
 
@@ -108,6 +116,12 @@ def independent(parameters, config, slots, token_T, edges):
         pytest.param((), {}, id="dense"),
         pytest.param((), {"qk_norm": False, "num_kv_heads": 4}, id="dense-without-norms-or-groups"),
         pytest.param((), {"window": 3, "norm_eps": 1e-3, "rope_theta": 50.0}, id="window-eps-theta"),
+        pytest.param((), {"attention_softcap": 1.5, "attention_sinks": True}, id="softcap-sinks"),
+        pytest.param(
+            (),
+            {"rope_scaling": {"kind": "llama3", "factor": 8.0, "original_context": 16}, "rope_theta": 20.0},
+            id="stretched-positions",
+        ),
         pytest.param((0, 1, 2, 7), {}, id="mixture"),
         pytest.param((0, 3), {"top_k": 1}, id="one-expert-a-token"),
         pytest.param((0, 15), {"top_k": 4}, id="fewer-slots-than-experts-a-token"),
@@ -190,6 +204,38 @@ def test_positions_start_anew_with_every_document(make_decoder, make_batch, logi
     monkeypatch.setattr(kernels, "rope_table", noted)
     logits(make_decoder(), make_batch(3, 2))
     assert seen == [[0, 1, 2, 0, 1]]
+
+
+# --- training: layers computed again, and dropout
+
+
+@pytest.mark.parametrize("slots", [(), (0, 2, 5)], ids=["dense", "mixture"])
+def test_layers_computed_again_change_no_bit_and_keep_less(make_decoder, make_batch, slots):
+    decoder = make_decoder(slots, attention_sinks=True)
+    batch = make_batch(40, 30)
+
+    def step(recompute):
+        decoder.recompute_layers, kept = recompute, []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            output = decoder(batch.token_T, batch.documents, 0.2, 7)
+        loss = decoder.nll(output.hidden_TD, batch.label_T).sum() + sum(route.z_loss for route in output.routes)
+        return sum(kept), torch.autograd.grad(loss, list(decoder.parameters()), allow_unused=True)
+
+    (kept, want), (kept_again, got) = step(False), step(True)
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert kept_again < kept / 2
+
+
+def test_dropout_is_the_seeds(make_decoder, make_batch):
+    decoder, batch = make_decoder(), make_batch(12, 5)
+
+    def hidden(*dropout):
+        return decoder(batch.token_T, batch.documents, *dropout).hidden_TD
+
+    assert torch.equal(hidden(), hidden(0.0, 3))  # none, whatever the seed
+    assert torch.equal(hidden(0.5, 3), hidden(0.5, 3))
+    assert not torch.equal(hidden(0.5, 3), hidden(0.5, 4))
+    assert not torch.equal(hidden(0.5, 3), hidden())
 
 
 # --- slots

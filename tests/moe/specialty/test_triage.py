@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import kernels
 from moe.specialty.pack import open_slot
 from moe.specialty.triage import NUISANCE, OWN_SHARE, RIDGE, fit_router
 
@@ -51,10 +50,10 @@ def router_inputs(decoder, batches, weights):
     `weights` gives a layer's (w_gate_up [2F, D], w_down [D, F])."""
     seen = [[] for _ in decoder.layers]
     for batch in batches:
-        cos, sin = kernels.rope_table(batch.documents.position_T, decoder.config.head_size, decoder.config.rope_theta)
+        context = decoder.context(batch.documents)
         x_TD = decoder.embedding(batch.token_T)
         for number, layer in enumerate(decoder.layers):
-            h_TD = x_TD + layer.attention(layer.attention_norm(x_TD), batch.documents, cos, sin)
+            h_TD = x_TD + layer.attention(layer.attention_norm(x_TD), context)
             input_TD = layer.ffn_norm(h_TD)
             seen[number].append(input_TD.double())
             w_gate_up, w_down = weights(layer.ffn)

@@ -95,6 +95,7 @@ def job(tmp_path, train_config):
             config=train_config(**config),
             precision=precision,
             z_loss_weight=1e-3,
+            seed=1,
             tracking=TrackingConfig(),
             deepspeed=deepspeed or {},
         )

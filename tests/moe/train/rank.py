@@ -36,7 +36,7 @@ def do(task: dict) -> None:
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
     )
-    job = Job("rank", Path(task["folder"]), "id", config, task["precision"], 1e-3, TrackingConfig(), {})
+    job = Job("rank", Path(task["folder"]), "id", config, task["precision"], 1e-3, 1, TrackingConfig(), {})
     told_at = task["stop_after"] - 1  # a request is heard in the step after it
 
     def held_out() -> float:

@@ -52,6 +52,32 @@ def test_the_cut_into_micro_batches_changes_roundings_only(train, make_model, jo
         assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["dense", "pack"])
+def test_layers_computed_again_change_no_bit(train, make_model, job, kind):
+    """Dropout included, which is drawn anew from its counters."""
+    rows = {}
+    for recompute in (False, True):
+        made = job(f"recompute-{recompute}", recompute_layers=recompute, attention_dropout=0.1, steps=3)
+        _, rows[recompute] = train(made, make_model(kind))
+    for a, b in zip(rows[False], rows[True], strict=True):
+        assert (a["loss"], a["gradient_norm"]) == (b["loss"], b["gradient_norm"])
+
+
+def test_dropout_goes_on_as_it_was_after_a_stop(train, make_model, job):
+    """And is not that of the update before: a run stopped half-way ends with the bits of one that was not."""
+    ways = {}
+    for stop_after in (None, 2):
+        made, model = job(f"stop-{stop_after}", attention_dropout=0.3, steps=5), make_model()
+        if stop_after:
+            train(made, model, stop_after)
+        train(made, model)
+        ways[stop_after] = model
+    assert all(map(torch.equal, ways[None].parameters(), ways[2].parameters()))
+    _, without = train(job("without", steps=5), make_model())
+    _, rows = train(job("with", attention_dropout=0.3, steps=5), make_model())
+    assert all(a["loss"] != b["loss"] for a, b in zip(rows, without, strict=True))
+
+
 def test_a_stop_is_heard_saved_and_gone_on_from(train, make_model, job):
     made = job(checkpoint_every=100)
     finished, rows = train(made, make_model(), stop_after=2)
