@@ -19,17 +19,13 @@ from torch import Tensor
 
 import kernels
 from benchmarks import bench_experts, command, harness
+from benchmarks.against import against
 from benchmarks.bench_experts import LETTERS, LOADS, SHAPES
 from benchmarks.bench_router import routed_inputs
 from benchmarks.harness import NotAvailable, Point, Provider, Step
-from benchmarks.tables import Row, table
 from kernels import Gate, reference
 
 NAMES = ("out", "dx", "dtable", "dw_gate_up", "dw_down")
-RATIOS = (("point", "point", "{}"), ("pass", "pass", "{}"), ("provider", "provider", "{}"),
-          ("against", "against", "{}"), ("times as fast", "speedup", "{:.2f}"),
-          ("of its memory", "memory_ratio", "{:.2f}"), ("of its resident", "resident_ratio", "{:.2f}"),
-          ("% of P", "percent_of_p", "{:.1f}"), ("void", "void", "{}"))
 
 
 class Inputs(bench_experts.Inputs):
@@ -62,16 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return Provider("reference", lambda: ours(inputs, reference)), command.wanted(providers(inputs), options)
 
     rows = harness.run(points, build, settings)
-    found = []
-    for point in points:
-        for row in ratios([row for row in rows if (row["shape"], row["dtype"], row["load"]) == key(point)]):
-            found.append(harness.emit(settings, point, row) | {"point": harness.title(point)})
-    print(f"\nagainst the best of transformers\n{table(found, RATIOS)}", flush=True)
+    against(rows, points, settings, "transformers")
     return harness.status_of(rows)
-
-
-def key(point: Point) -> tuple:
-    return point.shape, harness.name_of(point.dtype), point.load
 
 
 def point_of(shape: dict[str, int], dtype: torch.dtype, device: str, load: str) -> Point:
@@ -127,24 +115,6 @@ def transformers(i: Inputs, model: str, implementation: str) -> Step:
     block.experts.down_proj = torch.nn.Parameter(i.w_down.detach())
     leaves = i.x_TD, block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj
     return i.step(lambda: block(i.x_TD[None])[0], leaves)
-
-
-def ratios(rows: Sequence[Row]) -> list[Row]:
-    """Ours over the best peer for each pass of one point's rows."""
-    found = []
-    for which in harness.PASSES:
-        measured = [row for row in rows if row.get("pass") == which and "ms" in row]
-        own = [row for row in measured if row["provider"].startswith("kernels")]
-        peers = [row for row in measured if row not in own]
-        best = min(peers, key=lambda row: row["ms"], default=None)
-        for row in own if best else ():
-            line = {name: row[name] for name in ("op", "shape", "dtype", "load", "pass", "provider", "percent_of_p")}
-            line |= {"against": best["provider"], "speedup": best["ms"] / row["ms"], "void": row["void"]}
-            for ratio, of in (("memory_ratio", "peak_mib"), ("resident_ratio", "peak_resident_mib")):
-                if best.get(of):
-                    line[ratio] = row[of] / best[of]
-            found.append(line)
-    return found
 
 
 if __name__ == "__main__":

@@ -72,8 +72,7 @@ class Inputs:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    made = command.parser(__doc__, "bench_router", "T,D,S,K")
-    made.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    made = command.parser(__doc__, "bench_router", "T,D,S,K", modes=MODES)
     made.add_argument("--losses", action="store_true", help="also points whose gradient comes from the losses too")
     options = made.parse_args(arguments)
     settings = command.settings_of(options, graphs=options.device == "cuda")

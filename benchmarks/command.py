@@ -11,7 +11,8 @@ import torch
 from benchmarks.harness import PASSES, Provider, Settings
 
 
-def parser(doc: str, prog: str, shape: str, loads: Sequence[str] = ()) -> argparse.ArgumentParser:
+def parser(doc: str, prog: str, shape: str, loads: Sequence[str] = (),
+           modes: Sequence[str] = ()) -> argparse.ArgumentParser:
     """The options that all benchmarks of ops have; `shape` names the letters of --shapes."""
     made = argparse.ArgumentParser(prog=f"python -m benchmarks.{prog}", description=doc,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -23,6 +24,8 @@ def parser(doc: str, prog: str, shape: str, loads: Sequence[str] = ()) -> argpar
     if loads:
         made.add_argument("--loads", nargs="+", choices=loads, default=list(loads[:1]),
                           help="how tokens are spread over the experts; see kernels.testing.expert_choice")
+    if modes:
+        made.add_argument("--modes", nargs="+", choices=modes, default=list(modes), help="default: all")
     made.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
     made.add_argument("--only", nargs="+", default=[""], metavar="NAME",
                       help="only providers with one of these in their name")

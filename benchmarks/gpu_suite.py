@@ -1,23 +1,27 @@
-"""Check and measure the mixture layer on one GPU in one call of under nine minutes, from a bare checkout.
+"""Check and measure the ops on one GPU in one call of under nine minutes, from a bare checkout.
 
     python -m benchmarks.gpu_suite --out FOLDER
-    python -m benchmarks.gpu_suite --out FOLDER --parts checks experts
+    python -m benchmarks.gpu_suite --out FOLDER --parts checks attention decode
     python -m benchmarks.gpu_suite --out FOLDER --parts tune
 
 Needs torch and triton; pytest, transformers and the other peers are used where they are installed. Correctness comes
 first, its parts side by side; then the benchmarks, one after another, so that nothing runs beside what is timed. Every
-part is a process with a time limit: one that fails or hangs costs itself alone.
+part is a process with a time limit: one that fails or hangs costs itself alone. The limits are shares of the time that
+is left: where few parts are asked for each has more, and a second call for other parts measures more points.
 
     checks     benchmarks/gpu_checks.py; goes on behind a check that takes the device down
     tests      tests/kernels on the device
     sanitizer  the small checks under compute-sanitizer: memory and, for what is shared, races
+    attention  bench_attention: head sizes, then one mode after another
+    linear_cross_entropy, norm, rope, decode: bench_... of that name
     experts    bench_experts: all shapes, then skewed loads against the even one
     layer      bench_layer: against transformers
     router     bench_router: every mode
+    train_step bench_train_step: a whole step against transformers; needs moe's packages too
     tune       kernels.tune, only when asked for: FOLDER/DEVICE.json, to be tried with POLYCLINIC_CONFIGS
 
-FOLDER gets environment.json, checks.jsonl, experts.jsonl, layer.jsonl, router.jsonl, log.txt and summary.txt, which is
-also printed last. All of them are written while the parts run, so that a suite that is ended leaves what it has found;
+FOLDER gets environment.json, checks.jsonl, one file of lines for each benchmark, log.txt and summary.txt, which is also
+printed last. All of them are written while the parts run, so that a suite that is ended leaves what it has found;
 summary.txt is made anew behind every part. Exit status 1 where a part failed, 2 where there is no GPU.
 """
 
@@ -44,8 +48,12 @@ from benchmarks.summary import SKEWED, Outcome, summary
 from benchmarks.tables import Row
 
 ROOT = Path(__file__).parents[1]
-CORRECTNESS = {"checks": 175, "tests": 175, "sanitizer": 175}  # seconds at most, side by side
-TIMING = {"experts": 190, "layer": 75, "router": 60}  # seconds at most, one after another
+CORRECTNESS = ("checks", "tests", "sanitizer")  # side by side
+CORRECTNESS_SECONDS = 165  # at most, where a benchmark comes behind them
+# One after another, those whose points matter most first; by seconds, where all are asked for.
+TIMING = {"attention": 100, "linear_cross_entropy": 40, "experts": 70, "layer": 30, "train_step": 40, "norm": 20,
+          "rope": 15, "decode": 20, "router": 20}
+NEEDED = {"train_step": ("pydantic", "numpy", "tokenizers", "transformers")}  # packages beside torch and triton
 PARTS = (*CORRECTNESS, *TIMING, "tune")
 MARGIN = 12  # seconds before its limit that a benchmark begins no new point
 GRACE = 10  # seconds between the interrupt at a limit and the end
@@ -90,13 +98,19 @@ class Suite:
 
     def run(self, parts: Sequence[str]) -> list[Outcome]:
         together = [part for part in CORRECTNESS if part in parts]
+        alone = [part for part in (*TIMING, "tune") if part in parts]
         with ThreadPoolExecutor(max(1, len(together))) as pool:
-            outcomes = list(pool.map(self.part, together))
-        return outcomes + [self.part(part) for part in (*TIMING, "tune") if part in parts]
+            outcomes = list(pool.map(lambda part: self.part(part, CORRECTNESS_SECONDS if alone else None), together))
+        return outcomes + [self.part(part, self.share(part, alone[i:])) for i, part in enumerate(alone)]
 
-    def part(self, name: str) -> Outcome:
+    def share(self, name: str, still: Sequence[str]) -> float:
+        """Seconds for a part, of the time that is left for it and those behind it."""
         left = self.deadline - time.monotonic()
-        limit = min(left, {**CORRECTNESS, **TIMING}.get(name, left))
+        return left * TIMING.get(name, left) / sum(TIMING.get(part, left) for part in still)
+
+    def part(self, name: str, most: float | None = None) -> Outcome:
+        left = self.deadline - time.monotonic()
+        limit = left if most is None else min(left, most)
         if limit < 5:
             return self.report(Outcome(name, "out of time", 0.0, "no time was left for it"))
         runs: dict[str, Callable[[float], Outcome]] = {
@@ -169,17 +183,26 @@ class Suite:
         start, found = time.monotonic(), []
         for mode in ("memcheck", "racecheck"):
             left = (0.6 if mode == "memcheck" else 1.0) * limit - (time.monotonic() - start)
-            # Without the allocator's cache, so that memory ends where a tensor ends.
-            status, _ = self.process("sanitizer", [
-                tool, "--tool", mode, "--error-exitcode", "99", *PYTHON, "benchmarks.gpu_checks", "--small"], left,
-                {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
-            found.append(f"{mode} {verdict(status)}" + f" (status {status})" * bool(status))
+            with ThreadPoolExecutor(len(gpu_checks.GROUPS)) as pool:
+                statuses = list(pool.map(lambda group, mode=mode, left=left: self.sanitized(tool, mode, group, left),
+                                         gpu_checks.GROUPS))
+            found += [f"{mode} {group} {verdict(status)}" + f" (status {status})" * bool(status)
+                      for group, status in zip(gpu_checks.GROUPS, statuses, strict=True) if status != 0]
         status = "failed" if any("failed" in line for line in found) else "ok"
         if status == "ok" and any("out of time" in line for line in found):
             status = "out of time"
-        return Outcome("sanitizer", status, time.monotonic() - start, ", ".join(found))
+        return Outcome("sanitizer", status, time.monotonic() - start, ", ".join(found) or "memcheck and racecheck")
+
+    def sanitized(self, tool: str, mode: str, group: str, limit: float) -> int | None:
+        """Without the allocator's cache, so that memory ends where a tensor ends."""
+        command = [tool, "--tool", mode, "--error-exitcode", "99", *PYTHON, "benchmarks.gpu_checks", "--small",
+                   "--group", group]
+        return self.process(f"sanitizer of {group}", command, limit, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})[0]
 
     def benchmark(self, name: str, limit: float) -> Outcome:
+        missing = [package for package in NEEDED.get(name, ()) if importlib.util.find_spec(package) is None]
+        if missing:
+            return Outcome(name, "skipped", 0.0, f"{', '.join(missing)} not installed")
         start, out, statuses = time.monotonic(), self.folder / f"{name}.jsonl", []
         out.unlink(missing_ok=True)
         for share, more in benchmark_arguments(name):
@@ -254,15 +277,30 @@ def end_session(child: subprocess.Popen) -> None:
 
 
 def benchmark_arguments(name: str) -> list[tuple[float, list[str]]]:
-    """The runs of a benchmark: up to which share of its time, and with what."""
+    """The runs of a benchmark: up to which share of its time, and with what. Passes of half a second: the compilation
+    of what is timed takes longer."""
+    brief = ["--seconds", "0.5", "--passes", "forward", "backward"]
+    if name == "attention":
+        return [(0.45, [*brief, "--modes", "causal", "--shapes", "8,2048,32,8,128,128", "1,16384,16,16,128,128",
+                        "2,8192,32,8,64,64", "2,8192,16,16,256,256", "2,8192,16,16,192,128"]),
+                (0.65, [*brief, "--modes", "packed", "full", "--shapes", "8,2048,32,8,128,128"]),
+                (1.0, [*brief, "--modes", "window", "sink", "softcap", "--shapes", "2,8192,32,8,128,128"])]
+    if name == "linear_cross_entropy":
+        return [(1.0, ["--seconds", "1"])]
     if name == "experts":
-        return [(0.7, ["--seconds", "1.5"]),
-                (1.0, ["--seconds", "1", "--passes", "both", "--only", "kernels (triton)", "--loads", "even", *SKEWED,
+        return [(0.7, ["--seconds", "0.7"]),
+                (1.0, ["--seconds", "0.5", "--passes", "both", "--only", "kernels (triton)", "--loads", "even", *SKEWED,
                        "--shapes", "32768,2048,768,128,8", "24576,1536,256,128,8"])]
     if name == "layer":
-        return [(1.0, ["--seconds", "1.5", "--passes", "forward", "both",
+        return [(1.0, ["--seconds", "0.7", "--passes", "forward", "both",
                        "--shapes", "32768,4096,2048,64,4", "32768,2048,768,128,8", "24576,1536,256,128,8"])]
-    return [(1.0, ["--seconds", "0.5", "--passes", "forward", "backward", "--shapes", "16384,2048,128,8"])]
+    if name == "train_step":
+        return [(1.0, ["--seconds", "2", "--shapes", "8,512,512,1280,8,8,4,8,2,8192",
+                       "8,4096,2048,768,4,32,4,64,8,32768"])]
+    if name == "decode":
+        return [(1.0, ["--seconds", "0.3"])]
+    shapes = {"norm": ["16384,4096", "16384,2048"], "rope": ["16384,32,8,128"], "router": ["16384,2048,128,8"]}
+    return [(1.0, [*brief, "--shapes", *shapes[name]])]
 
 
 def num_points(rows: Sequence[Row]) -> int:

@@ -66,6 +66,8 @@ class Step:
             return self.function()
 
     def backward(self, outputs: tuple[Tensor, ...], keep: bool = False) -> tuple[Tensor, ...]:
+        if not self.leaves:  # an op without gradients
+            return ()
         with forced(self.backend):
             return torch.autograd.grad(outputs, self.leaves, self.upstream, retain_graph=keep)
 

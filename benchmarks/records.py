@@ -14,7 +14,9 @@ import torch
 if TYPE_CHECKING:  # the benchmarks of the ops run where moe's packages are not installed
     from moe.run_folder import RunFolder
 
-PEERS = ("transformers", "liger-kernel", "scattermoe", "sonic-moe", "megablocks")  # packages whose version is noted
+# Packages whose version is noted.
+PEERS = ("transformers", "liger-kernel", "scattermoe", "sonic-moe", "megablocks", "flash-attn", "flash-attn-3",
+         "flash-attn-4", "cut-cross-entropy")
 COMMIT = "POLYCLINIC_COMMIT"  # of the code, where it runs outside a git checkout
 
 

@@ -9,8 +9,10 @@ from benchmarks import harness
 from benchmarks.records import read
 from benchmarks.tables import Row
 
-LONGEST = 60  # lines
+LONGEST = 80  # lines
 SKEWED = ("zipf", "empty", "hot")  # loads that are compared with the even one
+OURS = "kernels (triton)"
+BRIEF = ("attention", "linear_cross_entropy", "train_step", "norm", "rope", "decode")  # benchmarks of two lines each
 
 
 class Outcome(NamedTuple):
@@ -27,10 +29,12 @@ def summary(folder: Path, outcomes: Sequence[Outcome]) -> str:
     versions = environment["versions"]
     lines = [f"{environment['device']}, driver {environment.get('driver')}, torch {versions.get('torch')}, "
              f"triton {versions.get('triton')}, commit {environment['commit']}"]
-    lines += [f"{o.part:<10} {o.status:<12} {o.seconds:5.0f} s  {o.detail}" for o in outcomes]
+    lines += [f"{o.part:<20} {o.status:<12} {o.seconds:5.0f} s  {o.detail}" for o in outcomes]
     failed = [line for line in read(folder / "checks.jsonl") if not line["ok"]]
     lines += [f"  FAIL {line['check']}: {line['detail'][:140]}" for line in failed[:12]]
     experts, layer, router = (read(folder / f"{name}.jsonl") for name in ("experts", "layer", "router"))
+    for name in BRIEF:
+        lines += brief_lines(name, read(folder / f"{name}.jsonl"))
     lines += [*experts_lines(experts), *skew_lines(experts), *layer_lines(layer), *router_lines(router)]
     if len(lines) > LONGEST:
         lines = [*lines[:LONGEST - 1], f"... {len(lines) - LONGEST + 1} more lines: see the .jsonl files"]
@@ -39,6 +43,31 @@ def summary(folder: Path, outcomes: Sequence[Outcome]) -> str:
 
 def sizes(row: Row) -> str:
     return " ".join(f"{letter}{size}" for letter, size in row["shape"].items())
+
+
+def brief_lines(name: str, rows: Sequence[Row]) -> list[str]:
+    """For each pass from the least to the most of all points: percent of P or of a copy, and against the best peer;
+    below it the point that is the farthest behind its peer. Of what a CUDA graph replays, where there is that."""
+    own = [row for row in rows if row["provider"] == OURS and ("ms" in row or "against" in row)]
+    if any(row["launch"] == "graph" for row in own):
+        own = [row for row in own if row["launch"] == "graph"]
+    cells = []
+    for which in dict.fromkeys(row["pass"] for row in own):
+        of_pass = [row for row in own if row["pass"] == which]
+        cell = [which]
+        for key, form, unit in (("percent_of_p", "{:.0f}", "% of P"), ("percent_of_copy", "{:.0f}", "% of a copy"),
+                                ("speedup", "{:.2f}", "times the best peer"), ("memory_ratio", "{:.2f}", "its memory")):
+            values = [row[key] for row in of_pass if key in row]
+            if values:
+                cell.append(" to ".join(dict.fromkeys(form.format(f(values)) for f in (min, max))) + f" {unit}")
+        cells.append(" ".join((cell[0], ", ".join(cell[1:]))))
+    lines = [f"{name}: " + "; ".join(cells)] * bool(cells)
+    peers = [row for row in own if "against" in row]
+    if peers:
+        least = min(peers, key=lambda row: row["speedup"])
+        lines.append(f"  least {least['speedup']:.2f}{'!' * least['void']} at {least['op']} {sizes(least)} "
+                     f"{least['pass']}, against {least['against']}")
+    return lines
 
 
 def experts_lines(rows: Sequence[Row]) -> list[str]:
@@ -60,7 +89,7 @@ def experts_lines(rows: Sequence[Row]) -> list[str]:
 
 def skew_lines(rows: Sequence[Row]) -> list[str]:
     """Time of skewed loads over that of the even one, from the same run."""
-    both = [row for row in rows if row.get("pass") == "both" and "ms" in row and row["provider"] == "kernels (triton)"]
+    both = [row for row in rows if row.get("pass") == "both" and "ms" in row and row["provider"] == OURS]
     lines = []
     for shape in dict.fromkeys(sizes(row) for row in both):
         of_shape = [row for row in both if sizes(row) == shape]
@@ -72,7 +101,7 @@ def skew_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def layer_lines(rows: Sequence[Row]) -> list[str]:
-    found = [row for row in rows if "against" in row and row["provider"] == "kernels (triton)"]
+    found = [row for row in rows if "against" in row and row["provider"] == OURS]
     return ["layer, kernels (triton) against the best of transformers"] * bool(found) + [
         f"  {sizes(row):<32} {row['pass']:<8} {row['speedup']:.2f} times as fast, {row['percent_of_p']:.0f} % of P, "
         f"{row.get('memory_ratio', float('nan')):.2f} of its memory ({row['against'].removeprefix('transformers ')})"

@@ -1,5 +1,6 @@
 """The suite's own machinery: limits, going on behind what dies, the summary. What it measures needs a GPU."""
 
+import importlib
 import json
 import sys
 import time
@@ -7,8 +8,7 @@ import time
 import pytest
 import torch
 
-import kernels
-from benchmarks import gpu_checks, gpu_suite
+from benchmarks import gpu_checks, gpu_suite, harness
 from benchmarks.gpu_suite import Suite
 from benchmarks.memory import DEVICE_LOST
 from benchmarks.records import append, read
@@ -26,43 +26,6 @@ def suite(tmp_path):
 def test_without_a_gpu_it_says_so(tmp_path, capsys):
     assert gpu_suite.main(["--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "gpu_suite needs a CUDA GPU, and torch finds none.\n"
-
-
-def test_checks_pass_on_a_cpu(tmp_path):
-    out = tmp_path / "checks.jsonl"
-    assert gpu_checks.main(["--device", "cpu", "--small", "--out", str(out)]) == 0
-    names = [json.loads(line)["check"] for line in out.read_text().splitlines()]
-    assert names == list(gpu_checks.checks("cpu", small=True)) and len(names) == len(set(names)) > 15
-    assert names == [name for group in gpu_checks.GROUPS for name in gpu_checks.checks("cpu", True, group)]
-
-
-def wrong_experts(x_TD, w_gate_up, w_down, dispatch=None, weight_TK=None, base_TD=None, experts=kernels.experts):
-    """Adds up one wrong row: that of the first token."""
-    out = experts(x_TD, w_gate_up, w_down, dispatch, weight_TK, base_TD)
-    return torch.cat([1.01 * out[:1], out[1:]])
-
-
-def other_bits(calls, x_TD, w_gate_up, w_down, *rest, experts=kernels.experts):
-    """Differs from call to call in one bit."""
-    calls.append(x_TD)
-    out = experts(x_TD, w_gate_up, w_down, *rest)
-    return out + torch.full_like(out, len(calls) % 2 * 1e-2)
-
-
-def test_checks_find_what_is_wrong(monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "experts", wrong_experts)
-    arguments = ["--device", "cpu", "--small", "--group", "experts"]
-    assert gpu_checks.main(arguments) == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert lines and all(line.startswith("FAIL") for line in lines)
-    assert gpu_checks.main([*arguments, "--from", str(len(lines))]) == 0
-
-
-def test_checks_of_bits_find_what_differs(monkeypatch):
-    calls = []
-    monkeypatch.setattr(kernels, "experts", lambda *given: other_bits(calls, *given))
-    for name, check in gpu_checks.checks("cpu", small=True, group="layer").items():
-        assert not gpu_checks.run(name, check)["ok"], name
 
 
 def test_a_part_that_hangs_is_interrupted_and_ended_with_what_it_has_printed(suite, monkeypatch):
@@ -179,13 +142,59 @@ def test_no_time_left(tmp_path):
     assert Suite(tmp_path, time.monotonic()).part("experts").status == "out of time"
 
 
-def test_arguments_of_the_benchmarks_are_understood(monkeypatch):
+@pytest.mark.parametrize("name", gpu_suite.TIMING)
+def test_arguments_of_the_benchmarks_are_understood(name, monkeypatch):
     """Every command that the suite would run is one the benchmark's parser takes."""
-    from benchmarks import bench_experts, bench_layer, bench_router, harness
-    monkeypatch.setattr(harness, "run", lambda points, build, settings: points and [])
-    for name, module in (("experts", bench_experts), ("layer", bench_layer), ("router", bench_router)):
-        for share, arguments in gpu_suite.benchmark_arguments(name):
-            assert 0 < share <= 1 and module.main(["--device", "cpu", *arguments]) == 0
+    seen = []
+    monkeypatch.setattr(harness, "run", lambda points, build, settings: seen.append(len(points)) or [])
+    module = importlib.import_module(f"benchmarks.bench_{name}")
+    for share, arguments in gpu_suite.benchmark_arguments(name):
+        assert 0 < share <= 1 and module.main(["--device", "cuda", *arguments]) == 0
+    assert all(seen)
+
+
+def test_what_time_is_left_is_shared_by_the_parts_that_are_left(suite, monkeypatch):
+    limits = {}
+    monkeypatch.setattr(suite, "benchmark", lambda name, limit: limits.setdefault(name, limit) and Outcome(
+        name, "ok", 0.0))
+    suite.run(["norm", "attention", "rope"])
+    assert list(limits) == ["attention", "norm", "rope"]
+    seconds = gpu_suite.TIMING
+    of_all = sum(seconds[name] for name in limits)
+    assert limits["attention"] == pytest.approx(600 * seconds["attention"] / of_all, abs=2)
+    assert limits["rope"] == pytest.approx(600, abs=2)  # the others took none
+    assert gpu_suite.CORRECTNESS_SECONDS + sum(seconds.values()) <= 8.7 * 60
+
+
+def test_correctness_has_all_the_time_where_nothing_comes_behind_it(suite, monkeypatch):
+    limits = []
+    for part in gpu_suite.CORRECTNESS:
+        monkeypatch.setattr(suite, part, lambda limit: limits.append(limit) or Outcome("", "ok", 0.0))
+    monkeypatch.setattr(suite, "benchmark", lambda name, limit: Outcome(name, "ok", 0.0))
+    suite.run(["checks"])
+    suite.run(["checks", "tests", "sanitizer", "norm"])
+    assert limits[0] > 590 and limits[1:] == [gpu_suite.CORRECTNESS_SECONDS] * 3
+
+
+def test_a_benchmark_whose_packages_are_missing_is_skipped(suite, monkeypatch):
+    monkeypatch.setitem(gpu_suite.NEEDED, "norm", ("torch", "no_such_package"))
+    assert suite.part("norm")[:2] == ("norm", "skipped")
+    assert "no_such_package not installed" in suite.outcomes[-1].detail
+
+
+def test_the_sanitizer_goes_through_every_group_side_by_side(suite, monkeypatch):
+    commands = []
+
+    def process(part, command, limit, environment):
+        commands.append((command[2], command[-1]))
+        return 99 if command[-1] == "loss" and command[2] == "racecheck" else 0, 0.0
+
+    monkeypatch.setattr(gpu_suite.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(suite, "process", process)
+    outcome = suite.sanitizer(100.0)
+    both = ("memcheck", "racecheck")
+    assert sorted(commands) == sorted((mode, group) for mode in both for group in gpu_checks.GROUPS)
+    assert outcome.status == "failed" and outcome.detail == "racecheck loss failed (status 99)"
 
 
 def rows_of(folder, name, rows):
@@ -205,14 +214,21 @@ def test_summary(suite):
         base | {"against": "transformers qwen3 eager", "speedup": 2.0, "memory_ratio": 0.5}])
     rows_of(suite.folder, "router", [
         base | {"op": "router: softmax", "us": 12.3, "pass": "forward", "launch": "graph"}])
+    graph = base | {"op": "norm: add", "provider": "kernels (triton)", "launch": "graph", "pass": "forward"}
+    rows_of(suite.folder, "norm", [
+        graph | {"ms": 1.0, "percent_of_copy": 91.0, "launch": "eager"}, graph | {"ms": 1.0, "percent_of_copy": 81.0},
+        graph | {"ms": 1.0, "percent_of_copy": 88.0}, graph | {"ms": 1.0, "provider": "torch"},
+        graph | {"against": "torch", "speedup": 1.5}, graph | {"against": "liger-kernel", "speedup": 1.25}])
     rows_of(suite.folder, "checks", [
         {"check": "a", "ok": True, "detail": ""}, {"check": "b", "ok": False, "detail": "wrong"}])
     text = summary(suite.folder, [Outcome("checks", "failed", 3.0, "1 of 2 passed")])
     for part in ("a GPU, driver 1, torch 2, triton 3, commit abc", "FAIL b: wrong", "350 (50 %)", "zipf 1.25",
-                 "2.00 times as fast, 50 % of P, 0.50 of its memory (qwen3 eager)", "(triton) 12/- (-/-)"):
+                 "2.00 times as fast, 50 % of P, 0.50 of its memory (qwen3 eager)", "(triton) 12/- (-/-)",
+                 "norm: forward 50 % of P, 81 to 88 % of a copy, 1.25 to 1.50 times the best peer",
+                 "  least 1.25 at norm: add T8 D4 F2 E2 K1 forward, against liger-kernel"):
         assert part in text, part
 
 
 def test_a_long_summary_is_cut(suite):
     text = summary(suite.folder, [Outcome("checks", "ok", 1.0)] * 100)
-    assert len(text.splitlines()) == LONGEST and "42 more lines" in text
+    assert len(text.splitlines()) == LONGEST and "22 more lines" in text
