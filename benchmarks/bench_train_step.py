@@ -7,11 +7,15 @@ A point is B sequences of L tokens through M layers of width D with H query and 
 which a token uses K, and a vocabulary of V; embedding and head share their weights, queries and keys are normed. A step
 is forward, loss, backward, torch's fused AdamW and clearing the gradients. Peers are transformers' attention (sdpa,
 eager) with its experts (eager, grouped_mm). The loss of the first step and the norms of its gradients are held against
-transformers' own in float32. FLOPs are 6 for each parameter that a token uses, without attention's own products.
+transformers' own in float32. All of it runs with the allocator's settings of training on a CPU
+(moe/train/allocator.py), for which the process starts itself once more. FLOPs are 6 for each parameter that a token
+uses, without attention's own products.
 
 --where adds a table of where one of our steps spends its time, by op, forward and backward together.
 """
 
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -27,6 +31,7 @@ from benchmarks.tables import Row, table
 from moe.config import ModelConfig
 from moe.data.loader import IGNORED, Batch
 from moe.model import Decoder
+from moe.train import allocator
 from moe.train.flops import training_flops_per_token
 from moe.train.objective import next_token
 
@@ -71,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--where", action="store_true", help="where one of our steps spends its time")
     parser.set_defaults(passes=["step"])
     options = parser.parse_args(arguments)
+    if options.where and options.device != "cpu":
+        parser.error("--where counts the processor's time: want it with --device cpu")
     settings = replace(command.settings_of(options), passes=("step",))
     points = [point_of(shape, dtype, options.device)
               for shape in command.shapes_of(options, LETTERS, SHAPES[options.device])
@@ -213,4 +220,7 @@ def where(step: TrainStep) -> list[Row]:
 
 
 if __name__ == "__main__":
+    if not allocator.ENVIRONMENT.keys() <= os.environ.keys():  # read when a process starts
+        again = [sys.executable, "-m", "benchmarks.bench_train_step", *sys.argv[1:]]
+        os.execve(sys.executable, again, os.environ | allocator.ENVIRONMENT)
     raise SystemExit(main())

@@ -61,18 +61,18 @@ def attention(q_THC: Tensor, k_TGC: Tensor, v_TGU: Tensor, documents: Documents,
         return in_torch.attention(q_THC, k_TGC, v_TGU, documents, options)
     inputs = q_THC.contiguous(), k_TGC.contiguous(), v_TGU.contiguous(), sink_H
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        return _Attention.apply(*inputs, documents.boundaries, options)
-    return _triton().forward(*inputs, documents.boundaries, options, keep_lse=False)[0]
+        return _Attention.apply(*inputs, documents, options)
+    return _triton().forward(*inputs, documents, options, keep_lse=False)[0]
 
 
 class _Attention(torch.autograd.Function):
     """In Triton; the torch backend differentiates by itself."""
 
     @staticmethod
-    def forward(ctx, q_THC, k_TGC, v_TGU, sink_H, boundaries, options):
-        out_THU, lse_HT = _triton().forward(q_THC, k_TGC, v_TGU, sink_H, boundaries, options, keep_lse=True)
+    def forward(ctx, q_THC, k_TGC, v_TGU, sink_H, documents, options):
+        out_THU, lse_HT = _triton().forward(q_THC, k_TGC, v_TGU, sink_H, documents, options, keep_lse=True)
         ctx.save_for_backward(q_THC, k_TGC, v_TGU, sink_H, out_THU, lse_HT)
-        ctx.boundaries, ctx.options = boundaries, dataclasses.replace(options, sink_H=None)  # tensors are saved above
+        ctx.documents, ctx.options = documents, dataclasses.replace(options, sink_H=None)  # tensors are saved above
         return out_THU
 
     @staticmethod
@@ -81,8 +81,8 @@ class _Attention(torch.autograd.Function):
         q_THC, k_TGC, v_TGU, sink_H, out_THU, lse_HT = ctx.saved_tensors
         # dout arrives with any strides (out.sum() gives stride 0); the kernels want rows.
         gradients = _triton().backward(dout_THU.contiguous(), q_THC, k_TGC, v_TGU, sink_H, out_THU, lse_HT,
-                                       ctx.boundaries, ctx.options, ctx.needs_input_grad[:4])
-        return *gradients, None, None  # q, k, v, sink; boundaries, options
+                                       ctx.documents, ctx.options, ctx.needs_input_grad[:4])
+        return *gradients, None, None  # q, k, v, sink; documents, options
 
 
 def _triton():

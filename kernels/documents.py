@@ -28,4 +28,4 @@ def documents(boundaries: Sequence[int], device: torch.device | str = "cpu") -> 
     cu_seqlens = torch.tensor(edges, dtype=torch.int32)
     first_T = cu_seqlens[:-1].long().repeat_interleave(cu_seqlens.diff())
     position_T = torch.arange(edges[-1]) - first_T
-    return Documents(edges, cu_seqlens.to(device), position_T.to(device))
+    return Documents(edges, cu_seqlens.to(device), position_T.to(device), {})

@@ -11,12 +11,12 @@ Needs   0 <= label < V or IGNORED, checked on a CPU only (it would need a host s
 Grads   h and w, each only where it is asked for; first order only. Of linear_cross_entropy the loss alone is
         differentiable, nll_T and logsumexp_T are for the record, and weight_T is given, not learned.
         dz = weight (softmax(z) (1 + 2 z_weight logsumexp) - onehot(label)), rounded to h's dtype for the products.
-NaN     A token that is ignored or has weight 0 adds nothing to the loss and to dw and gets a dh of 0, even if its row
-        of h is not finite. All ignored: loss 0, gradients 0.
+NaN     In triton and torch: a token that is ignored or has weight 0 adds nothing to the loss and to dw and gets a dh
+        of 0, even if its row of h is not finite. All ignored: loss 0, gradients 0.
 Bits    No atomics: runs repeat bit for bit. triton: without a gradient a row's bits do not depend on other rows.
-Logits  float32, but for half precision on a CPU while training: no product there takes bfloat16 to float32, and a
-        second one for what the first rounded away would cost a third more. There they are rounded to h's dtype, as
-        torch's own are. Without a gradient both are made (16 bits of every logit).
+Logits  float32, but for half precision in the torch backend while training: no product on a CPU takes bfloat16 to
+        float32, and a second one for what the first rounded away would cost a third more. There they are rounded to
+        h's dtype, as torch's own are. Without a gradient both are made (16 bits of every logit).
 Errors  ValueError for a wrong shape, dtype or device, a weight that requires a gradient; on a CPU for the first label
         out of range.
 Cost    linear_cross_entropy: 6 * T * D * V flops, all in the forward, since the weights are known there: rows by

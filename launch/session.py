@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from launch.graph import RunFailed
 from moe.config import Config
 from moe.errors import InputError
+from moe.train import allocator
 
 # Set before ray is imported. Workers of a local cluster inherit them; those of another are given them.
 ENVIRONMENT = {
@@ -24,11 +25,7 @@ LOCAL_ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # Ray's own 15 starves a run on a machine that does anything else
     "RAY_AUTH_MODE": "disabled",  # a cluster of one machine, bound to the loopback
     "RAY_worker_maximum_startup_concurrency": "16",  # the processes of all owners at once, without a warning
-    # glibc gives large blocks back to the system after each use and faults them in again: a fifth of a step on a CPU.
-    "MALLOC_MMAP_THRESHOLD_": str(2**25),  # the largest it takes
-    "MALLOC_TRIM_THRESHOLD_": str(2**32),
-    "MALLOC_TOP_PAD_": str(2**26),
-    "MALLOC_ARENA_MAX": "1",  # or every thread keeps what it once had: half of a rank's memory
+    **allocator.ENVIRONMENT,
 }
 
 

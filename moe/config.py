@@ -58,7 +58,7 @@ class Llama3ScalingConfig(Section):
     """RoPE for contexts longer than those of the pretraining, as in Llama 3.1."""
 
     kind: Literal["llama3"]
-    factor: PositiveFloat
+    factor: Annotated[float, Field(ge=1)]
     original_context: PositiveInt  # tokens, before the stretch
     low_frequency_factor: PositiveFloat = 1.0
     high_frequency_factor: PositiveFloat = 4.0
@@ -68,7 +68,7 @@ class YarnScalingConfig(Section):
     """The same by YaRN, arXiv:2309.00071."""
 
     kind: Literal["yarn"]
-    factor: PositiveFloat
+    factor: Annotated[float, Field(ge=1)]
     original_context: PositiveInt  # tokens, before the stretch
     beta_fast: PositiveFloat = 32.0
     beta_slow: PositiveFloat = 1.0
@@ -107,6 +107,19 @@ class ModelConfig(Section):
             )
         if self.top_k > self.num_slots:
             raise ValueError(f"model.top_k={self.top_k}: want at most model.num_slots={self.num_slots}")
+        return self
+
+    @model_validator(mode="after")
+    def _rope_fits(self) -> Self:
+        scaling = self.rope_scaling
+        if isinstance(scaling, Llama3ScalingConfig) and scaling.low_frequency_factor >= scaling.high_frequency_factor:
+            raise ValueError(f"model.rope_scaling.low_frequency_factor={scaling.low_frequency_factor}: want less than "
+                             f"high_frequency_factor={scaling.high_frequency_factor}")
+        if isinstance(scaling, YarnScalingConfig) and scaling.beta_slow >= scaling.beta_fast:
+            raise ValueError(f"model.rope_scaling.beta_slow={scaling.beta_slow}: want less than "
+                             f"beta_fast={scaling.beta_fast}")
+        if isinstance(scaling, YarnScalingConfig) and self.rope_theta <= 1:
+            raise ValueError(f"model.rope_theta={self.rope_theta}: want more than 1, whose logarithm YaRN divides by")
         return self
 
     @property

@@ -102,7 +102,8 @@ class Scratch:
 
     def __init__(self, x: Tensor):
         self.wide, self.device = at_least_float32(x), x.device
-        native = x.device.type != "cpu" or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        native = x.device.type != "cpu" or (x.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+                                            and torch.ops.mkldnn._is_mkldnn_bf16_supported())
         self.narrow = x.dtype if native else self.wide
         self._held: dict[tuple[str, torch.dtype], Tensor] = {}
 

@@ -10,13 +10,14 @@ edges of documents, by pointers.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.reference import dropout
+from kernels.reference import Documents, dropout
 from kernels.reference.attention import Options
 from kernels.triton_backend import attention_backward, attention_forward
 from kernels.triton_backend.attention_schedule import key_tiles, query_tiles
@@ -79,7 +80,7 @@ SPLIT_FROM = 384  # padded head sizes, whose sums of dk and of dv do not fit the
 
 
 @on_its_device
-def forward(q_THC: Tensor, k_TGC: Tensor, v_TGU: Tensor, sink_H: Tensor | None, boundaries: tuple[int, ...],
+def forward(q_THC: Tensor, k_TGC: Tensor, v_TGU: Tensor, sink_H: Tensor | None, documents: Documents,
             options: Options, keep_lse: bool) -> tuple[Tensor, Tensor | None]:
     """out_THU, and lse_HT if it is to be kept: the logarithm to base 2 of what a row's weights were divided by."""
     (T, H, _), (_, G, U) = q_THC.shape, v_TGU.shape
@@ -88,7 +89,7 @@ def forward(q_THC: Tensor, k_TGC: Tensor, v_TGU: Tensor, sink_H: Tensor | None, 
     if T == 0:  # an empty grid cannot be launched
         return out_THU, lse_HT
     constants, compiled = launch("forward", q_THC, v_TGU, H // G, options)
-    tiles = query_tiles(boundaries, H // G, *_steps(constants), options.causal, options.window, q_THC.device)
+    tiles = _tiles(query_tiles, documents, H // G, *_steps(constants), options.causal, options.window)
     attention_forward.attention_forward[(len(tiles) * G,)](
         q_THC, k_TGC, v_TGU, *_bulk(constants, k_TGC, v_TGU), _float32(sink_H), tiles, out_THU, lse_HT, T, H,
         *_numbers(options), **constants, **compiled)
@@ -97,7 +98,7 @@ def forward(q_THC: Tensor, k_TGC: Tensor, v_TGU: Tensor, sink_H: Tensor | None, 
 
 @on_its_device
 def backward(dout_THU: Tensor, q_THC: Tensor, k_TGC: Tensor, v_TGU: Tensor, sink_H: Tensor | None, out_THU: Tensor,
-             lse_HT: Tensor, boundaries: tuple[int, ...], options: Options,
+             lse_HT: Tensor, documents: Documents, options: Options,
              needs: tuple[bool, bool, bool, bool]) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v and sink, each where it is needed."""
     (T, H, _), G = q_THC.shape, k_TGC.shape[1]
@@ -105,16 +106,16 @@ def backward(dout_THU: Tensor, q_THC: Tensor, k_TGC: Tensor, v_TGU: Tensor, sink
     dq, dk, dv = (torch.empty_like(x) if need else None
                   for x, need in zip((q_THC, k_TGC, v_TGU), needs[:3], strict=True))
     delta_HT = torch.empty_like(lse_HT)
-    numbers, masks = (T, H, options.scale, *_numbers(options)), (options.causal, options.window, q_THC.device)
+    numbers, masks = (T, H, options.scale, *_numbers(options)), (options.causal, options.window)
     if T > 0 and (needs_q or needs_k or needs_sink):
         constants, compiled = launch("queries", q_THC, v_TGU, H // G, options)
-        tiles = query_tiles(boundaries, H // G, *_steps(constants), *masks)
+        tiles = _tiles(query_tiles, documents, H // G, *_steps(constants), *masks)
         attention_backward.attention_queries[(len(tiles) * G,)](
             q_THC, k_TGC, v_TGU, *_bulk(constants, k_TGC, v_TGU), out_THU, dout_THU, lse_HT, tiles, dq, delta_HT,
             *numbers, **constants, **compiled)
     if T > 0 and (needs_k or needs_v):
         constants, compiled = launch("keys", q_THC, v_TGU, H // G, options)
-        tiles = key_tiles(boundaries, H // G, *_steps(constants), *masks)
+        tiles = _tiles(key_tiles, documents, H // G, *_steps(constants), *masks)
         for wanted in key_launches(dk, dv, constants["BLOCK_C"] + constants["BLOCK_U"]):
             attention_backward.attention_keys[(len(tiles) * G,)](
                 q_THC, k_TGC, v_TGU, dout_THU, *_bulk_rows(constants, q_THC, dout_THU), lse_HT, delta_HT, tiles,
@@ -180,6 +181,14 @@ def _numbers(options: Options) -> tuple:
 
 def _steps(constants: dict) -> tuple[int, int, int]:
     return constants["BLOCK_M"], constants["BLOCK_N"], constants["BLOCK_EDGE"]
+
+
+def _tiles(make: Callable[..., Tensor], documents: Documents, *sizes) -> Tensor:
+    """A table of tiles, made once for a batch and kept with it: a captured graph reads it while the batch lives."""
+    key = (make, *sizes)
+    if key not in documents.tables:
+        documents.tables[key] = make(documents.boundaries, *sizes, documents.cu_seqlens.device)
+    return documents.tables[key]
 
 
 def _bulk(constants: dict, k_TGC: Tensor, v_TGU: Tensor) -> tuple[TensorDescriptor | None, ...]:

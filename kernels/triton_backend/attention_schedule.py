@@ -11,13 +11,10 @@ pairs see each other; before and behind, in steps of `edge`, a mask decides, and
 a batch and shared by the layers of a model.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
 
-@functools.lru_cache(maxsize=32)  # a batch has three: forward, dq, dk and dv; six with two kinds of layers
 def query_tiles(boundaries: tuple[int, ...], group: int, block_m: int, block_n: int, edge: int, causal: bool,
                 window: int | None, device: torch.device) -> Tensor:
     first, length, start = _tiles(boundaries, group, block_m)
@@ -33,7 +30,6 @@ def query_tiles(boundaries: tuple[int, ...], group: int, block_m: int, block_n: 
     return _table(first, length, start, (begin, full, rest, end), length, block_n, edge, device)
 
 
-@functools.lru_cache(maxsize=32)
 def key_tiles(boundaries: tuple[int, ...], group: int, block_m: int, block_n: int, edge: int, causal: bool,
               window: int | None, device: torch.device) -> Tensor:
     first, length, start = _tiles(boundaries, 1, block_n)
@@ -68,4 +64,7 @@ def _table(first: Tensor, length: Tensor, start: Tensor, edges, limit: Tensor, b
     none_full = rest == full
     full, rest = torch.where(none_full, begin, full), torch.where(none_full, begin, rest)
     order = torch.argsort(end - begin, descending=True, stable=True)
-    return torch.stack([first, length, start, begin, full, rest, end], dim=1)[order].int().to(device)
+    table = torch.stack([first, length, start, begin, full, rest, end], dim=1)[order].int()
+    if device.type == "cuda":  # from pinned memory, or the host would wait for what the device still has to do
+        return table.pin_memory().to(device, non_blocking=True)
+    return table

@@ -18,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.reference import IGNORED
 from kernels.triton_backend import linear_cross_entropy_kernels as programs
+from kernels.triton_backend.configurations import older
 from kernels.triton_backend.launch import architecture, exact, on_its_device
 
 # A chunk: so many logits (6 bytes each in half precision), but no fewer rows: below, adding a chunk's dw to the others
@@ -124,24 +125,22 @@ def choose(name: str, dtype: torch.dtype) -> Tile:
         return ANY_FLOAT32
     if not name.startswith("sm_"):
         return HALF["gfx942"]
-    # Of its own generation, whose instructions and shared memory it has; else the first, which all later ones contain.
-    same = [known for known in HALF if known[:-1] == name[:-1] and known <= name]
-    return HALF[max(same, default="sm_80")]
+    return next((HALF[known] for known in older(name) if known in HALF), HALF["sm_80"])
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """a b in float32, not rounded to their dtype."""
     if a.dtype == torch.float32:
         torch.mm(a, b, out=out)
-    elif a.device.type == "cuda":
+    elif a.device.type == "cuda" and not torch.version.hip:
         torch.mm(a, b, out_dtype=torch.float32, out=out)
-    else:  # the interpreter's tensors: no product on a CPU takes half precision to float32
+    else:  # no product on a CPU, where the interpreter is, takes half precision to float32, and not all on AMD's GPUs
         torch.mm(a.float(), b.float(), out=out)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a b in float32, without room for a b."""
-    if a.dtype == torch.float32 or a.device.type != "cuda":
+    if a.dtype == torch.float32 or a.device.type != "cuda" or torch.version.hip:
         total.addmm_(a.float(), b.float())
     else:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)

@@ -2,7 +2,7 @@
 
 Rows are taken in tiles of up to TILE numbers, wider ones one by one: a row is in registers whole, and memory is read
 once. For the gradient of the weight there are PROGRAMS programs, whatever the GPU: program p adds up the tiles p,
-p + PROGRAMS, ... Tiles depend on D alone. Of rows wider than 16,384 the registers spill, which is right and slow.
+p + PROGRAMS, ... Tiles depend on D alone. From 16,384 columns on the backward spills registers: right, and slow.
 """
 
 import torch

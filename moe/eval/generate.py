@@ -18,7 +18,8 @@ def generate(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: i
              temperature: float = 0.0, top_p: float = 1.0, generator: torch.Generator | None = None) -> list[list[int]]:
     """What follows each prompt: up to and with the first `eos`, at most `max_new_tokens` tokens.
 
-    Temperature 0 takes the likeliest token. Others draw by `generator` from softmax(logits / temperature), cut down to
+    Temperature 0 takes the likeliest token, by logits in the model's dtype: the first of several that round to one
+    number. Others draw by `generator` from softmax(logits / temperature), cut down to
     the likeliest tokens that make up `top_p` of it. With the torch backend the last bits of a sequence's logits may
     depend on what else is in the batch."""
     _check(prompts, max_new_tokens, temperature, top_p)

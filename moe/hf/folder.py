@@ -69,7 +69,7 @@ def save(folder: Path, model: ModelFolder) -> None:
         "bos_token_id": token_id(BOS),
         "eos_token_id": token_id(EOS),
         "pad_token_id": token_id(PAD),
-        **decoder.config.model_dump(mode="json"),
+        **decoder.config.model_dump(mode="json", exclude_none=True),
         "slots": list(decoder.slots),
         "owners": model.owners,
         "anchor_hash": model.anchor_hash,
@@ -93,7 +93,9 @@ def load(folder: Path, device: torch.device | str = "cpu") -> ModelFolder:
     if config.get("model_type") != MODEL_TYPE:
         raise InputError(f"{folder} holds a model of type {config.get('model_type')!r}: want {MODEL_TYPE!r}")
     try:
-        section = ModelConfig.model_validate({key: config[key] for key in ModelConfig.model_fields})
+        # Keys that have come since the folder was written are at their defaults there.
+        section = ModelConfig.model_validate({key: config[key] for key, field in ModelConfig.model_fields.items()
+                                              if field.is_required() or key in config})
         vocab_size, slots = config["vocab_size"], config["slots"]
         owners, anchor_hash = config["owners"], config["anchor_hash"]
     except KeyError as error:

@@ -56,8 +56,8 @@ class Attention(nn.Module):
 
     def heads(self, x_TD: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, normed and turned to their places."""
-        heads = (x_TD.shape[0], -1, self.head_size)
-        q_THC, k_TGC, v_TGC = (project(x_TD).view(heads) for project in (self.q_proj, self.k_proj, self.v_proj))
+        heads = (-1, self.head_size)
+        q_THC, k_TGC, v_TGC = (project(x_TD).unflatten(1, heads) for project in (self.q_proj, self.k_proj, self.v_proj))
         norms = (self.q_norm.weight, self.k_norm.weight, self.norm_eps) if self.q_norm is not None else ()
         return *kernels.rope(q_THC, k_TGC, context.cos_TR, context.sin_TR, *norms), v_TGC
 

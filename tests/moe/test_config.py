@@ -87,6 +87,15 @@ NOISE = {"noise_documents": 5}
         refuse("model.num_kv_heads", 3, "model.num_kv_heads=3", "model.num_heads=2", "divisor", id="key-heads"),
         refuse("model.top_k", 17, "model.top_k=17", "num_slots=16", id="more-experts-than-slots"),
         refuse("model.top_k", 1, "model.top_k=1", "at least 2", id="no-room-for-anchor-and-owner"),
+        refuse(
+            "model.rope_scaling",
+            {"kind": "llama3", "factor": 8.0, "original_context": 64, "low_frequency_factor": 5.0},
+            "low_frequency_factor=5.0", "less than high_frequency_factor=4.0", id="stretched-positions-crossed",
+        ),
+        refuse(
+            "model.rope_scaling", {"kind": "linear", "factor": 8.0, "original_context": 64},
+            "rope_scaling", "llama3", id="an-unknown-stretch",
+        ),
         refuse("run.name", "../elsewhere", "run.name", "'../elsewhere'", "letters", id="a-name-that-is-a-path"),
         refuse("run.name", "", "run.name", "''", "letters", id="an-empty-name"),
         refuse("anchor.learning_rate", float("nan"), "anchor.learning_rate", "nan", id="not-a-number"),

@@ -67,10 +67,20 @@ def test_tables_visit_every_visible_pair_once(group, block_m, block_n, edge, cau
         assert all(a >= b - 2 * near for a, b in zip(work, work[1:], strict=False)), "longest first"
 
 
-def test_a_table_is_built_once_for_a_batch():
-    arguments = (0, 5, 9), 2, 32, 32, 16, True, None, CPU
-    assert query_tiles(*arguments) is query_tiles(*arguments)
-    assert query_tiles((0,), *arguments[1:]).shape == key_tiles((0,), *arguments[1:]).shape == (0, 7)
+def test_a_table_is_built_once_for_a_batch_and_kept_with_it(device, monkeypatch):
+    monkeypatch.setenv(backend.VARIABLE, "triton")
+    inputs = attention_inputs([5, 4], 2, 1, 16, torch.float32, device)
+    tables = inputs[3].tables
+    outputs_and_gradients(kernels.attention, inputs)
+    made = dict(tables)
+    assert len(made) >= 2
+    outputs_and_gradients(kernels.attention, inputs)
+    assert len(tables) == len(made) and all(tables[key] is table for key, table in made.items())
+
+
+def test_no_documents_have_no_tiles():
+    arguments = (0,), 2, 32, 32, 16, True, None, CPU
+    assert query_tiles(*arguments).shape == key_tiles(*arguments).shape == (0, 7)
 
 
 @triton.jit
@@ -158,7 +168,8 @@ def test_offsets_beyond_int32(device, monkeypatch):
     """The last document begins more than 2**31 elements after the first. Only it is ever touched."""
     C, last = 64, 8
     T = 2**31 // C + 64
-    boundaries, options = (0, T - last, T), Options(True, C**-0.5, None, None, None, 0.0, 0)
+    options, edges = Options(True, C**-0.5, None, None, None, 0.0, 0), (0, T - last, T)
+    documents = kernels.Documents(edges, torch.tensor(edges, dtype=torch.int32, device=device), None, {})
     for name, make in (("query_tiles", query_tiles), ("key_tiles", key_tiles)):
         monkeypatch.setattr(in_triton, name, lambda b, *rest, make=make: _of_the_last_document(make, b, *rest))
     inputs = [torch.empty(T, 1, C, dtype=torch.float16, device=device) for _ in range(3)]
@@ -168,8 +179,8 @@ def test_offsets_beyond_int32(device, monkeypatch):
     with torch.no_grad():
         for x, value in zip((*inputs, dout), small, strict=True):
             x[-last:] = value
-    out, lse = in_triton.forward(*inputs, None, boundaries, options, keep_lse=True)
-    gradients = in_triton.backward(dout, *inputs, None, out, lse, boundaries, options, (True, True, True, False))
+    out, lse = in_triton.forward(*inputs, None, documents, options, keep_lse=True)
+    gradients = in_triton.backward(dout, *inputs, None, out, lse, documents, options, (True, True, True, False))
     monkeypatch.undo()
     monkeypatch.setenv(backend.VARIABLE, "triton")
     want = kernels.attention(*small[:3], kernels.documents([0, last], device))

@@ -132,6 +132,14 @@ def test_a_missing_key_of_the_config_is_named(saved, key):
         model_folder.load(saved)
 
 
+def test_a_folder_from_before_a_key_existed_has_its_default(saved):
+    config = json.loads((saved / "config.json").read_text())
+    del config["rope_scaling"], config["attention_sinks"]
+    (saved / "config.json").write_text(json.dumps(config))
+    loaded = model_folder.load(saved).decoder.config
+    assert loaded.rope_scaling is None and not loaded.attention_sinks
+
+
 def test_another_kind_of_model_is_refused(saved):
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
