@@ -7,14 +7,13 @@ Backward makes them again from q and k, which are kept with one number for each 
 than its exp, so there is no logsumexp to keep, and the gradient of whole rows of a softmax needs no product of out and
 dout.
 
-Processor time on one core of an AMD EPYC with AVX-512, torch 2.13, 4096 causal tokens, C 64, G 2, in milliseconds of
-forward, and of forward and backward (medians of 11, taken in turns; F.scaled_dot_product_attention behind "sdpa"):
+Milliseconds on one core of an AMD EPYC with AVX-512, torch 2.13, 4096 causal tokens, C 64, forward, and forward and
+backward (medians; F.scaled_dot_product_attention behind "sdpa", with k and v repeated for the heads of a group):
 
-    bfloat16    documents of  512, H 4     16,  51     sdpa   30,  85
-                documents of  512, H 8     26,  75     sdpa   59, 170
-                documents of 2048, H 8     86, 260     sdpa  137, 347
-    float32     documents of  512, H 8     42, 139     sdpa   55, 188
-                documents of 2048, H 8    134, 476     sdpa  127, 451
+    bfloat16    documents of  512, H 4, G 2     12,  38     sdpa   29,  84
+                documents of  512, H 8, G 4     24,  73     sdpa   58, 168
+    float32     documents of  512, H 8, G 2     42, 139     sdpa   55, 188
+                documents of 2048, H 8, G 2    134, 476     sdpa  127, 451
 
 attention_blocks.py says what chunks, entries, blocks and rows are.
 """
