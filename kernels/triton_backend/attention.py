@@ -22,9 +22,8 @@ from kernels.reference.attention import Options
 from kernels.triton_backend import attention_backward, attention_forward
 from kernels.triton_backend.attention_schedule import key_tiles, query_tiles
 from kernels.triton_backend.configurations import older
-from kernels.triton_backend.launch import architecture, exact, on_its_device
+from kernels.triton_backend.launch import architecture, describable, exact, on_its_device
 
-ALIGNMENT = 16  # bytes; of what a tensor descriptor describes: its base and all strides but the last
 MAX_HEAD_SIZE = 256
 BULK = ("interpreter", "sm_90", "sm_100")  # where a descriptor is more than pointers in disguise
 LOG2_E = math.log2(math.e)
@@ -193,7 +192,7 @@ def _tiles(make: Callable[..., Tensor], documents: Documents, *sizes) -> Tensor:
 
 def _bulk(constants: dict, k_TGC: Tensor, v_TGU: Tensor) -> tuple[TensorDescriptor | None, ...]:
     """Descriptors of keys and values by head: [G, T, C], a block is of one head."""
-    if not _describable(k_TGC, v_TGU):
+    if not _by_bulk(k_TGC, v_TGU):
         return None, None
     made = []
     for x, block in ((k_TGC, constants["BLOCK_C"]), (v_TGU, constants["BLOCK_U"])):
@@ -205,7 +204,7 @@ def _bulk(constants: dict, k_TGC: Tensor, v_TGU: Tensor) -> tuple[TensorDescript
 def _bulk_rows(constants: dict, q_THC: Tensor, dout_THU: Tensor) -> tuple[TensorDescriptor | None, ...]:
     """Descriptors of q and dout as rows: [G, T, GROUP, C]."""
     group = constants["GROUP"]
-    if not of_whole_tokens(constants, group) or not _describable(q_THC, dout_THU):
+    if not of_whole_tokens(constants, group) or not _by_bulk(q_THC, dout_THU):
         return None, None
     made = []
     for x, block in ((q_THC, constants["BLOCK_C"]), (dout_THU, constants["BLOCK_U"])):
@@ -220,10 +219,9 @@ def of_whole_tokens(blocks: dict, group: int) -> bool:
     return blocks["BLOCK_M"] % group == 0 and blocks["BLOCK_EDGE"] % group == 0
 
 
-def _describable(*tensors: Tensor) -> bool:
-    """Whether bulk copies exist there and can fetch these: half precision, rows and base at multiples of 16 bytes."""
-    return known_as(architecture(tensors[0].device)) in BULK and all(
-        x.element_size() == 2 and x.shape[-1] * 2 % ALIGNMENT == 0 and x.data_ptr() % ALIGNMENT == 0 for x in tensors)
+def _by_bulk(*tensors: Tensor) -> bool:
+    """Whether bulk copies exist there and can fetch these."""
+    return known_as(architecture(tensors[0].device)) in BULK and describable(*tensors)
 
 
 def _float32(sink_H: Tensor | None) -> Tensor | None:

@@ -17,9 +17,7 @@ from kernels.reference import Dispatch
 from kernels.triton_backend import combine, grouped_gemm
 from kernels.triton_backend.configurations import Configuration, choose
 from kernels.triton_backend.dispatch import Tiles, longest_first, tiles
-from kernels.triton_backend.launch import exact, num_processors, on_its_device
-
-ALIGNMENT = 16  # bytes; of what a tensor descriptor describes: its base and all strides but the last
+from kernels.triton_backend.launch import describable, exact, num_processors, on_its_device
 
 
 @on_its_device
@@ -82,7 +80,7 @@ class Rows:
         E, twice_F, D = w_gate_up_E2FD.shape
         F = twice_F // 2
         config = self._choose("up", x_TD, F, D)
-        tma = config.tma and _describable(w_gate_up_E2FD)
+        tma = config.tma and describable(w_gate_up_E2FD)
         w = w_gate_up_E2FD
         if tma:
             w = _descriptor(w.view(E, 2, F, D), 1, 2, config.block_n, config.block_k)
@@ -95,7 +93,7 @@ class Rows:
         K, columns = a_NK.shape[1], w.shape[1 if transposed else 2]
         config = self._choose("rows_transposed" if transposed else "rows", a_NK, columns, K)
         out = a_NK.new_empty(self.num, columns)
-        tma = config.tma and _describable(a_NK, w)
+        tma = config.tma and describable(a_NK, w)
         a = a_NK
         if tma:
             a = _descriptor(a_NK, config.block_m, config.block_k)
@@ -117,7 +115,7 @@ class Rows:
             weight_N[self.dispatch.row_TK.flatten().long()] = weight_TK.flatten().float()
         if needs_weight:
             partial = torch.empty(triton.cdiv(F, config.block_n), self.num, dtype=torch.float32, device=h_N2F.device)
-        tma = config.tma and _describable(w_down_EDF)
+        tma = config.tma and describable(w_down_EDF)
         w = _descriptor(w_down_EDF, 1, config.block_k, config.block_n) if tma else w_down_EDF
         grid, tables = self._grid(config, F)
         grouped_gemm.down_backward[grid](
@@ -151,12 +149,6 @@ class Rows:
         bound = made.expert.numel() * triton.cdiv(columns, config.block_n)
         programs = min(bound, num_processors(self.offset.device) * config.programs)
         return (programs,), (self.offset, made.expert, made.first, made.count)
-
-
-def _describable(*tensors: Tensor) -> bool:
-    """Whether a tensor descriptor can describe them: half precision, rows and base at multiples of 16 bytes."""
-    return all(t.element_size() == 2 and t.shape[-1] * 2 % ALIGNMENT == 0 and t.data_ptr() % ALIGNMENT == 0
-               for t in tensors)
 
 
 def _descriptor(tensor: Tensor, *block: int) -> TensorDescriptor:

@@ -7,6 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
+ALIGNMENT = 16  # bytes; of what a tensor descriptor describes: its base and all strides but the last
 INTERPRETED = triton.knobs.runtime.interpret  # how the kernels of this process were made: for a device, or to be read
 
 
@@ -34,6 +35,12 @@ def on_its_device(launcher: Callable) -> Callable:
         with torch.cuda.device_of(first):
             return launcher(first, *rest, **named)
     return run
+
+
+def describable(*tensors: Tensor) -> bool:
+    """Whether a tensor descriptor can describe them: half precision, rows and base at multiples of ALIGNMENT."""
+    return all(t.element_size() == 2 and t.shape[-1] * 2 % ALIGNMENT == 0 and t.data_ptr() % ALIGNMENT == 0
+               for t in tensors)
 
 
 def exact(x: Tensor) -> bool:

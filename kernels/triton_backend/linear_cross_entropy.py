@@ -19,12 +19,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kernels.reference import IGNORED
 from kernels.triton_backend import linear_cross_entropy_kernels as programs
 from kernels.triton_backend.configurations import older
-from kernels.triton_backend.launch import architecture, exact, on_its_device
+from kernels.triton_backend.launch import architecture, describable, exact, on_its_device
 
 # A chunk: so many logits (6 bytes each in half precision), but no fewer rows: below, adding a chunk's dw to the others
 # (8 bytes for each of V * D) would take longer than a tenth of the three products.
 CHUNK, CHUNK_ROWS = 2**27, 2048
-ALIGNMENT = 16  # bytes; of what a tensor descriptor describes: its base and its rows
 ROW = {"BLOCK": 4096}, {"num_warps": 8}
 MERGE = {"BLOCK": 128}, {"num_warps": 4}
 GROUP = 16  # tiles of rows that walk the vocabulary side by side: their rows and what they read of w fit the L2 cache
@@ -74,7 +73,7 @@ def log_prob(h_TD: Tensor, w_VD: Tensor, label_T: Tensor) -> tuple[Tensor, Tenso
     splits = triton.cdiv(V, tile.block_n * tile.per_split)
     most_ST, total_ST = (h_TD.new_empty(splits, T, dtype=torch.float32) for _ in range(2))
     labels_T = torch.full_like(log_prob_T, math.nan)  # the logit of the label
-    tma = tile.tma and _describable(h_TD, w_VD)
+    tma = tile.tma and describable(h_TD, w_VD)
     h = TensorDescriptor(h_TD, [T, D], [D, 1], [tile.block_m, tile.block_k]) if tma else h_TD
     w = TensorDescriptor(w_VD, [V, D], [D, 1], [tile.block_n, tile.block_k]) if tma else w_VD
     programs.partial_sums[(triton.cdiv(T, tile.block_m) * splits,)](
@@ -144,8 +143,3 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.float(), b.float())
     else:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-
-
-def _describable(*tensors: Tensor) -> bool:
-    return all(t.element_size() == 2 and t.shape[-1] * 2 % ALIGNMENT == 0 and t.data_ptr() % ALIGNMENT == 0
-               for t in tensors)

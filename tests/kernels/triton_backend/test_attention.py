@@ -119,7 +119,7 @@ def test_descriptors_and_pointers_agree_bit_for_bit(H, G, C, U, options, device,
     monkeypatch.setattr(in_triton, "TensorDescriptor", lambda *args: made.append(args) or make(*args))
     bulk = outputs_and_gradients(partial(kernels.attention, **options), (q, k, v, documents))
     assert len(made) == (6 if 16 % (H // G) == 0 else 4)  # k and v twice, q and dout where an edge holds whole tokens
-    monkeypatch.setattr(in_triton, "_describable", lambda *tensors: False)
+    monkeypatch.setattr(in_triton, "_by_bulk", lambda *tensors: False)
     plain = outputs_and_gradients(partial(kernels.attention, **options), (q, k, v, documents))
     for name, a, b in zip(("out", "dq", "dk", "dv"), bulk, plain, strict=True):
         assert torch.equal(a, b), name
