@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks import harness
 from benchmarks.records import record
-from moe.config import PUBLIC, Config
+from moe.config import PUBLIC, SpecialtyConfig
 from moe.config_file import load
 from moe.data import tokenizer
 from moe.data.loader import Loader, Source
@@ -62,7 +62,7 @@ def main() -> None:
     Console().print(summary(losses, fast))
 
 
-def train(config: Config, run: RunFolder, name: str, dtype: torch.dtype, device: str, steps: int):
+def train(config: SpecialtyConfig, run: RunFolder, name: str, dtype: torch.dtype, device: str, steps: int):
     """The loss of every update, under one backend."""
     tokens = tokenizer.load(run.tokenizer)
     section = config.anchor

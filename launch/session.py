@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from launch.graph import RunFailed
-from moe.config import Config
+from moe.config import SpecialtyConfig
 from moe.errors import InputError
 from moe.train import allocator
 
@@ -40,7 +40,7 @@ class Capacity:
 
 
 @contextlib.contextmanager
-def session(config: Config) -> Iterator[Capacity]:
+def session(config: SpecialtyConfig) -> Iterator[Capacity]:
     """Connect, or start a local cluster; on the way out disconnect, or stop it.
 
     Raises InputError for an address nobody answers at and for a cluster too small for one job, RunFailed where a

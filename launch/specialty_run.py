@@ -20,7 +20,7 @@ from launch.board import Board
 from launch.graph import Outputs, Stage, Stopped
 from launch.session import Capacity
 from launch.worker import measure_domain, merge_packs, prepare_domain, train_rank
-from moe.config import PUBLIC, Config, DataConfig
+from moe.config import PUBLIC, DataConfig, SpecialtyConfig
 from moe.errors import InputError
 from moe.hf.folder import load as load_model
 from moe.run_folder import RunFolder
@@ -30,7 +30,7 @@ from moe.specialty.pack import Pack
 class SpecialtyRun:
     """Builds the stages of one run on a connected cluster."""
 
-    def __init__(self, config: Config, run: RunFolder, capacity: Capacity):
+    def __init__(self, config: SpecialtyConfig, run: RunFolder, capacity: Capacity):
         # Ray's processes have working directories of their own.
         self.config, self.run, self.capacity = config, RunFolder(run.path.resolve()), capacity
         self.board = Board.remote()

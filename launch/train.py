@@ -18,7 +18,7 @@ from rich.console import Console
 from launch.display import Display
 from launch.graph import Graph, RunFailed, Skipped, Stopped
 from launch.session import Capacity, session
-from moe.config import PUBLIC, Config
+from moe.config import PUBLIC, SpecialtyConfig
 from moe.config_file import dump, load
 from moe.data import sources
 from moe.errors import InputError
@@ -74,7 +74,7 @@ def _check_folder(run: RunFolder, resume: bool) -> None:
         raise InputError(f"run folder {run.path} cannot be written: {error.strerror}") from error
 
 
-def _resolve(config: Config, capacity: Capacity) -> Config:
+def _resolve(config: SpecialtyConfig, capacity: Capacity) -> SpecialtyConfig:
     """Replace `run.precision=auto` by what it means on this cluster, so that config.yaml says what was run. Raises
     InputError for a backend that does not run here."""
     from moe.train.precision import resolve
@@ -85,7 +85,7 @@ def _resolve(config: Config, capacity: Capacity) -> Config:
     return config.model_copy(update={"run": config.run.model_copy(update={"precision": precision})})
 
 
-def _describe(run: RunFolder, config: Config) -> TextIO:
+def _describe(run: RunFolder, config: SpecialtyConfig) -> TextIO:
     """Make the run's folder, with config.yaml and manifest.json: with them a stranger can run it again.
 
     Returns config.yaml open and locked: the folder is ours until it is closed. Raises InputError where it is
@@ -117,7 +117,7 @@ def _commit() -> str | None:
     return commit + "-modified" * bool(changed) if commit else None
 
 
-def _follow(config: Config, run: RunFolder, capacity: Capacity, console: Console) -> Graph:
+def _follow(config: SpecialtyConfig, run: RunFolder, capacity: Capacity, console: Console) -> Graph:
     """Run the graph and show it. The first Ctrl-C or SIGTERM asks all jobs to stop at a checkpoint, and so does input
     that a stage finds wrong; the second Ctrl-C ends the process at once."""
     from launch.specialty_run import SpecialtyRun

@@ -1,4 +1,4 @@
-"""From a YAML file and `key=value` overrides to a checked Config; every refusal names its key.
+"""From a YAML file and `key=value` overrides to a checked config; every refusal names its key.
 
 A file may say `extends: other.yaml` (or a list), relative to itself: the other is read first and this one
 laid over it, key by key. Overrides are laid over last. An owner set to null is left out.
@@ -14,11 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from moe.config import Config
+from moe.config import JobConfig, RunConfig, SpecialtyConfig
 from moe.errors import InputError
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read, merge and check. Raises InputError with one sentence for each thing that is wrong."""
     merged = _read(path, seen=())
     for override in overrides:
@@ -38,17 +38,23 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     return check(values)
 
 
-def check(values: dict[str, Any]) -> Config:
-    """Build a Config from plain values; what pydantic says becomes sentences that name the key."""
+def check(values: dict[str, Any]) -> RunConfig:
+    """Build a config from plain values; what pydantic says becomes sentences that name the key.
+
+    With `train` it is one training job, otherwise a specialty run."""
+    kind = JobConfig if "train" in values else SpecialtyConfig
+    if kind is SpecialtyConfig and "anchor" not in values and "owners" not in values:
+        raise InputError("the config has neither owners nor train: want owners and anchor for a specialty run, or "
+                         "train and domains for one training job")
     try:
-        return Config.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        sentences = dict.fromkeys(_sentence(e) for e in error.errors(include_url=False))
+        sentences = dict.fromkeys(_sentence(kind, e) for e in error.errors(include_url=False))
         raise InputError("; ".join(sentences)) from error
 
 
-def dump(config: Config) -> str:
-    """The whole config as YAML, defaults included; `load` reads it back to an equal Config."""
+def dump(config: RunConfig) -> str:
+    """The whole config as YAML, defaults included; `load` reads it back to an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
@@ -75,10 +81,10 @@ def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
         raise InputError(f"config {path} does not fit what it extends: {_first_line(error)}") from error
 
 
-def _sentence(error: dict[str, Any]) -> str:
+def _sentence(kind: type[RunConfig], error: dict[str, Any]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(error["loc"][-1]), _known_keys(error["loc"][:-1]), n=1)
+        near = difflib.get_close_matches(str(error["loc"][-1]), _known_keys(kind, error["loc"][:-1]), n=1)
         hint = f"; did you mean {'.'.join([*map(str, error['loc'][:-1]), near[0]])}?" if near else ""
         return f"{key}: no such key{hint}"
     if error["type"] == "missing":
@@ -89,9 +95,9 @@ def _sentence(error: dict[str, Any]) -> str:
     return f"{key}={error['input']!r}: {error['msg'].lower().replace('input should be', 'want')}"
 
 
-def _known_keys(loc: Sequence[str | int]) -> list[str]:
+def _known_keys(kind: type[RunConfig], loc: Sequence[str | int]) -> list[str]:
     """The keys of the section at `loc`; a dict of sections is stepped through by any name."""
-    section: Any = Config
+    section: Any = kind
     for part in loc:
         field = section.model_fields.get(part) if _is_section(section) else None
         annotation = field.annotation if field else section

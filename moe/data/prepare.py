@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from moe.config import PUBLIC, Config
+from moe.config import PUBLIC, SpecialtyConfig
 from moe.data import sources, tokenizer
 from moe.manifest import value_hash
 from moe.run_folder import RunFolder
 
 
-def prepare(config: Config, run: RunFolder, domain: str) -> dict[str, Any]:
+def prepare(config: SpecialtyConfig, run: RunFolder, domain: str) -> dict[str, Any]:
     """Write stages/data-DOMAIN/{train,eval}, for the public domain also calibration and tokenizer.json.
 
     Returns plain values: the hash of the packed splits and their counts. Reads no other owner's data."""

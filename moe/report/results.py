@@ -8,7 +8,7 @@ import os
 import statistics
 from typing import Any
 
-from moe.config import PUBLIC, Config
+from moe.config import PUBLIC, SpecialtyConfig
 from moe.manifest import value_hash
 from moe.run_folder import RunFolder
 from moe.train.telemetry import read
@@ -17,7 +17,7 @@ WARM_UP_STEPS = 5  # not counted in throughput
 
 
 def write_results(
-    config: Config, run: RunFolder, outputs: dict[str, dict[str, Any]], seconds: dict[str, float], device: str
+    config: SpecialtyConfig, run: RunFolder, outputs: dict[str, dict[str, Any]], seconds: dict[str, float], device: str
 ) -> None:
     """Gather what the stages have given into results.json. `outputs` and `seconds` are by stage."""
     domains = {domain: outputs[f"measure-{domain}"] for domain in (PUBLIC, *config.owners)}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.config import ANCHOR_SLOT, PUBLIC, Config
+from moe.config import ANCHOR_SLOT, PUBLIC, SpecialtyConfig
 from moe.data.loader import Batch, whole_documents
 from moe.data.shards import PackedDocuments
 from moe.data.tokenizer import identity
@@ -30,7 +30,7 @@ MOST_SUBSETS = 64  # of owners that are compared: all of those of six
 
 
 @torch.no_grad()
-def measure_domain(config: Config, run: RunFolder, domain: str) -> dict[str, Any]:
+def measure_domain(config: SpecialtyConfig, run: RunFolder, domain: str) -> dict[str, Any]:
     """Every figure that needs this domain's held-out text; plain values."""
     anchor, merged = model_folder.load(run.anchor), model_folder.load(run.model)
     held_out = PackedDocuments(run.shards(domain, "eval"), identity(merged.tokenizer))

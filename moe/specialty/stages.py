@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from moe.config import PUBLIC, Config, TrainConfig
+from moe.config import PUBLIC, SpecialtyConfig, TrainConfig
 from moe.data import tokenizer
 from moe.data.loader import Batch, Loader, Source, whole_documents
 from moe.data.shards import PackedDocuments
@@ -25,7 +25,7 @@ from moe.train.recorder import Report
 HELD_OUT_TOKENS = 16384  # of the evaluations during training; the last one of a run measures all of the text
 
 
-def train_anchor(config: Config, run: RunFolder, identity: str, device: torch.device, report: Report) -> bool:
+def train_anchor(config: SpecialtyConfig, run: RunFolder, identity: str, device: torch.device, report: Report) -> bool:
     """Pretrain the dense anchor on public text and write stages/anchor/model; False when it stopped before its end.
 
     Every rank of the job must call it."""
@@ -42,7 +42,9 @@ def train_anchor(config: Config, run: RunFolder, identity: str, device: torch.de
     return True
 
 
-def train_pack(config: Config, run: RunFolder, owner: str, identity: str, device: torch.device, report: Report) -> bool:
+def train_pack(
+    config: SpecialtyConfig, run: RunFolder, owner: str, identity: str, device: torch.device, report: Report
+) -> bool:
     """Train an owner's pack on its own documents and public replay; write packs/OWNER; False when it stopped early.
 
     Every rank of the job must call it. Of the run's data it opens the owner's and the public part only."""
@@ -88,7 +90,7 @@ def _open(run: RunFolder, domain: str, split: str, tokens: tokenizer.Tokenizer) 
     return PackedDocuments(run.shards(domain, split), tokenizer.identity(tokens))
 
 
-def _batches(config: Config, packed: PackedDocuments, limit: int) -> Iterator[Batch]:
+def _batches(config: SpecialtyConfig, packed: PackedDocuments, limit: int) -> Iterator[Batch]:
     return (b for b, _ in whole_documents(packed, config.model.context_length, TOKENS_PER_BATCH, limit))
 
 
@@ -97,7 +99,7 @@ def _held_out(model: Decoder, packed: PackedDocuments):
 
 
 def _loader(
-    config: Config, section: TrainConfig, own: PackedDocuments, replay: PackedDocuments | None = None
+    config: SpecialtyConfig, section: TrainConfig, own: PackedDocuments, replay: PackedDocuments | None = None
 ) -> Loader:
     length, seed = config.model.context_length, config.run.seed
     return Loader(
@@ -111,7 +113,9 @@ def _loader(
     )
 
 
-def _job(config: Config, run: RunFolder, stage: str, identity: str, section: TrainConfig, z_loss_weight: float) -> Job:
+def _job(
+    config: SpecialtyConfig, run: RunFolder, stage: str, identity: str, section: TrainConfig, z_loss_weight: float
+) -> Job:
     return Job(
         name=f"{config.run.name}/{stage}",
         folder=run.stage(stage),

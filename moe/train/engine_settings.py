@@ -4,13 +4,13 @@ so that a clash is found before anything starts.
 
 from typing import Any
 
-from moe.config import Config, TrainConfig
+from moe.config import SpecialtyConfig, TrainConfig
 from moe.errors import InputError
 
 OURS = {"optimizer", "scheduler", "data_types"}  # DeepSpeed would build its own beside ours, or round what is fitted
 
 
-def check(config: Config) -> None:
+def check(config: SpecialtyConfig) -> None:
     """Raise InputError where the `deepspeed:` section clashes with what another section sets."""
     for section, workers in (
         (config.anchor, config.cluster.anchor_workers),

@@ -1,11 +1,12 @@
-"""Config: every refusal names the key, its value and what was wanted; files and overrides merge; dump reads back."""
+"""Config files: every refusal names the key, its value and what was wanted; files and overrides merge; dump reads
+back."""
 
 from pathlib import Path
 
 import pytest
 import yaml
 
-from moe.config import Config
+from moe.config import SpecialtyConfig
 from moe.config_file import check, dump, load
 from moe.errors import InputError
 
@@ -150,7 +151,7 @@ def test_an_override_that_does_not_fit_is_named(values, write, override, said):
         pytest.param("extends: nowhere.yaml", "nowhere.yaml", id="extends-a-missing-file"),
         pytest.param("extends: 3", "extends", id="extends-a-number"),
         pytest.param("extends: [3]", "extends", id="extends-a-list-of-numbers"),
-        pytest.param("", "missing", id="empty"),
+        pytest.param("", "neither owners nor train", id="empty"),
     ],
 )
 def test_a_file_that_is_no_config_is_named(write, content, said):
@@ -214,4 +215,4 @@ def test_a_config_does_not_change(values):
     config = check(values)
     with pytest.raises(ValueError, match="frozen"):
         config.anchor.steps = 3
-    assert isinstance(config, Config) and config.run.path == Path("runs/test")
+    assert isinstance(config, SpecialtyConfig) and config.run.path == Path("runs/test")
