@@ -1,4 +1,4 @@
-"""SHA-256 of tensors: what H0, packs and certificates are made of."""
+"""SHA-256 of tensors: what H0, packs and certificates are made of; and seeds out of values."""
 
 import hashlib
 
@@ -16,3 +16,8 @@ def tensor_hash(tensor: Tensor) -> str:
 
 def tensor_hashes(tensors: dict[str, Tensor]) -> dict[str, str]:
     return {name: tensor_hash(tensors[name]) for name in sorted(tensors)}
+
+
+def seed_of(*values: int | str) -> int:
+    """The seed of a stream of random numbers that belongs to these values alone."""
+    return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=7).digest(), "little")

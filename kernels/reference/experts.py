@@ -38,10 +38,12 @@ def experts(x_TD: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor, dispatch: 
         y.append((F.silu(gate) * up).to(x_TD.dtype) @ w_down.T)
     if dispatch is None:
         return torch.cat(y)
-    out_TD = combine(torch.cat(y), weight_TK, dispatch.row_TK)
-    return out_TD if base_TD is None else out_TD + base_TD
+    return combine(torch.cat(y), weight_TK, dispatch.row_TK, base_TD)
 
 
-def combine(y_ND: Tensor, weight_TK: Tensor, row_TK: Tensor) -> Tensor:
+def combine(y_ND: Tensor, weight_TK: Tensor | None, row_TK: Tensor, base_TD: Tensor | None = None) -> Tensor:
     y_TKD = y_ND[row_TK.long()].to(at_least_float32(y_ND))
-    return (weight_TK[..., None] * y_TKD).sum(dim=1).to(y_ND.dtype)
+    if weight_TK is not None:
+        y_TKD = weight_TK[..., None] * y_TKD
+    out_TD = y_TKD.sum(dim=1).to(y_ND.dtype)
+    return out_TD if base_TD is None else out_TD + base_TD

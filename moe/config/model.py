@@ -54,6 +54,8 @@ class MixtureConfig(Section):
         if self.score == "softmax_chosen" and self.renormalise:
             raise ValueError("model.mixture.renormalise=True: want it left out with score=softmax_chosen, whose "
                              "weights sum to 1 already")
+        if self.num_groups > 1 and self.score != "sigmoid":
+            raise ValueError(f"model.mixture.num_groups={self.num_groups}: want it with score=sigmoid only")
         if self.num_groups == 1:
             if self.top_groups != 1:
                 raise ValueError(f"model.mixture.top_groups={self.top_groups}: want it with model.mixture.num_groups")

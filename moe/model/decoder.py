@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from kernels import CrossEntropy, Documents, Llama3Scaling, RopeScaling, Route, YarnScaling
+from kernels import CrossEntropy, Documents, Gate, Llama3Scaling, RopeScaling, Route, YarnScaling
 from moe.config import Llama3ScalingConfig, ModelConfig
+from moe.hashing import seed_of
 from moe.model.attention import Context
 from moe.model.cache import KVCache
 from moe.model.experts import DenseFFN
@@ -21,6 +22,7 @@ from moe.model.layer import Layer
 from moe.model.mixture import MixtureFFN
 from moe.model.norm import RMSNorm
 from moe.model.router import Router
+from moe.parallel import ALONE, Mesh
 
 INIT_STD = 0.02
 
@@ -28,26 +30,37 @@ INIT_STD = 0.02
 class Output(NamedTuple):
     hidden_TD: Tensor  # after the last norm; logits are hidden @ embedding.T
     routes: tuple[Route, ...]  # of each mixture layer, bottom up; empty for a dense model
+    loss: CrossEntropy | None = None  # where labels were given
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: ModelConfig, vocab_size: int, slots: Iterable[int] = ()):
-        """A dense model without slots; with slots, every FFN is a mixture of one expert for each. Weights are not
-        initialised: call `initialise` or load them."""
+    def __init__(self, config: ModelConfig, vocab_size: int, slots: Iterable[int] = (), mesh: Mesh = ALONE,
+                 exchange_chunks: int = 1):
+        """The ordinary mixture that `config.mixture` describes, its experts spread over the ranks of `mesh`. Without
+        that section: a dense model; with slots, a specialty model, every FFN a mixture of one expert for each slot.
+        Weights are not initialised: call `initialise` or load them."""
         super().__init__()
-        self.config, self.slots = config, tuple(sorted(slots))
+        self.config, self.slots, self.mesh = config, tuple(sorted(slots)), mesh
+        assert not (config.mixture and self.slots), "a specialty model is no ordinary mixture"
         self.embedding = nn.Embedding(vocab_size, config.d_model)
-        self.layers = nn.ModuleList(Layer(config, number, self._ffn()) for number in range(config.num_layers))
+        self.layers = nn.ModuleList(Layer(config, number, self._ffn(number, exchange_chunks))
+                                    for number in range(config.num_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.recompute_layers = False  # in training: keep each layer's input and compute the rest of it again
 
-    def _ffn(self) -> nn.Module:
+    def _ffn(self, number: int, exchange_chunks: int) -> nn.Module:
+        config, D = self.config, self.config.d_model
         if self.slots:
-            return MixtureFFN(self.config, self.slots)
-        return DenseFFN(self.config.d_model, self.config.d_ff)
+            return MixtureFFN(D, config.d_ff, Router(D, config.num_slots, Gate(config.top_k), self.slots))
+        if config.mixture and number not in config.mixture.dense_layers:
+            return MixtureFFN.ordinary(D, config.mixture, self.mesh, exchange_chunks)
+        return DenseFFN(D, config.d_ff)
 
-    def forward(self, token_T: Tensor, documents: Documents, dropout: float = 0.0, seed: int = 0) -> Output:
-        """`dropout` is of attention's weights, drawn by `seed`: equal seeds drop equal weights."""
+    def forward(self, token_T: Tensor, documents: Documents, dropout: float = 0.0, seed: int = 0,
+                label_T: Tensor | None = None, weight_T: Tensor | None = None) -> Output:
+        """`dropout` is of attention's weights, drawn by `seed`: equal seeds drop equal weights. With labels and the
+        weights of their tokens the output has the training loss. It is computed here so that whoever shards the weights
+        has the embedding in place for it."""
         context = self.context(documents, dropout, seed)
         x_TD = self.embedding(token_T)
         routes = []
@@ -59,7 +72,9 @@ class Decoder(nn.Module):
                 x_TD, route = layer(x_TD, context)
             if route is not None:
                 routes.append(route)
-        return Output(self.norm(x_TD), tuple(routes))
+        hidden_TD = self.norm(x_TD)
+        loss = None if label_T is None else self.loss(hidden_TD, label_T, weight_T)
+        return Output(hidden_TD, tuple(routes), loss)
 
     def context(self, documents: Documents, dropout: float = 0.0, seed: int = 0) -> Context:
         """With the rotation of each token's place in its document."""
@@ -82,6 +97,14 @@ class Decoder(nn.Module):
         """For training: the weighted sum of nll + z_weight * logsumexp^2, and what it is made of."""
         return kernels.linear_cross_entropy(hidden_TD, self.embedding.weight, label_T, weight_T, z_weight)
 
+    def mixtures(self) -> dict[str, MixtureFFN]:
+        """Every mixture layer by its name, bottom up."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, MixtureFFN)}
+
+    def routers(self) -> list[Router]:
+        """Of every mixture layer, bottom up."""
+        return [mixture.router for mixture in self.mixtures().values()]
+
     def use(self, slots: Iterable[int]) -> None:
         """Route to these slots only, in every layer: opt-out by masking."""
         slots = tuple(slots)
@@ -97,14 +120,21 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> "Decoder":
-        """Normal weights of INIT_STD, smaller where a layer writes into the residual stream (GPT-2's rule)."""
+        """Normal weights of INIT_STD, smaller where a layer writes into the residual stream (GPT-2's rule).
+
+        Every expert of a mixture is drawn from a stream of its own, so that it does not matter which rank holds it."""
         generator = torch.Generator().manual_seed(seed)
+        held = {id(p): mixture.held for mixture in self.mixtures().values() for p in mixture.experts.parameters()}
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:
                 continue  # norms start at one, router biases at zero
             into_residual = name.endswith(("o_proj.weight", "w_down"))
             std = INIT_STD / math.sqrt(2 * self.config.num_layers) if into_residual else INIT_STD
-            parameter.normal_(0.0, std, generator=generator)
+            if id(parameter) not in held:
+                parameter.normal_(0.0, std, generator=generator)
+                continue
+            for expert, weight in zip(held[id(parameter)], parameter, strict=True):
+                weight.normal_(0.0, std, generator=torch.Generator().manual_seed(seed_of(seed, name, expert)))
         return self
 
     @torch.no_grad()

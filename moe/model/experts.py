@@ -20,9 +20,9 @@ class Experts(nn.Module):
     def __len__(self) -> int:
         return self.w_gate_up.shape[0]
 
-    def forward(self, x_TD: Tensor, dispatch: Dispatch, weight_TK: Tensor) -> Tensor:
-        """Every token through the experts it is dispatched to, summed with these weights."""
-        return kernels.experts(x_TD, self.w_gate_up, self.w_down, dispatch, weight_TK)
+    def forward(self, x_TD: Tensor, dispatch: Dispatch, weight_TK: Tensor, base_TD: Tensor | None = None) -> Tensor:
+        """Every token through the experts it is dispatched to, summed with these weights, and added to the base."""
+        return kernels.experts(x_TD, self.w_gate_up, self.w_down, dispatch, weight_TK, base_TD)
 
     def alone(self, x_TD: Tensor) -> Tensor:
         """Every token through the one expert there is."""

@@ -1,20 +1,27 @@
 """The training engine: the only place that knows DeepSpeed.
 
-It builds the optimizer, shards its state (ZeRO 1 or 2), reduces and clips gradients, and hands out the whole
-float32 masters, moments and buffers by name, so that a checkpoint does not depend on how many ranks wrote it.
+It builds the optimizer, shards its state (ZeRO 1 to 3), reduces and clips gradients, and hands out the float32 masters,
+moments and buffers in pieces of logical tensors, so that a checkpoint does not depend on how many ranks wrote it.
+
+Experts that are spread over ranks (moe.parallel) have optimizer groups of their own: their gradients are averaged over
+the ranks that hold the same ones, and divided by the number of all ranks, as all others are.
 """
 
+import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe.config import TrainConfig
+from moe.model import Decoder
+from moe.parallel import Mesh
 from moe.train.engine_settings import settings
 from moe.train.schedule import warmup_cosine
 
@@ -25,14 +32,27 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import deepspeed.ops
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
+from deepspeed.moe.layer import MoE
+from deepspeed.utils import groups
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
+Read = Callable[[str, int, int], Tensor]  # name, first element, elements -> float32 [elements] on the CPU
+
+
+class Piece(NamedTuple):
+    """What one rank holds of a logical tensor."""
+
+    name: str  # NAME, NAME.MOMENT, or a persistent buffer's
+    shape: tuple[int, ...]  # of the whole tensor, over all ranks
+    start: int  # the piece's first element in it, flat
+    values: Tensor  # float32, flat; a view
+
+
+class Part(NamedTuple):
+    """What one rank has of a logical parameter to compute with: all of it, or the experts it holds."""
+
+    shape: tuple[int, ...]  # of the whole
+    start: int  # its first element in the whole, flat
 
 
 def connect() -> None:
@@ -49,32 +69,26 @@ class Engine:
     """A model, its optimizer and its schedule over all ranks. Only parameters that require a gradient are trained;
     the others never reach the optimizer, so weight decay and old moments cannot move them."""
 
-    def __init__(self, model: nn.Module, config: TrainConfig, precision: str, passthrough: dict[str, Any]):
-        """Every rank must call it, after `connect`, with equal weights (rank 0's are broadcast)."""
-        trained = [p for p in model.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]],
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            fused=True,
-        )
+    def __init__(self, model: Decoder, config: TrainConfig, precision: str, passthrough: dict[str, Any]):
+        """Every rank must call it, after `connect`, with equal weights (rank 0's are broadcast), and of experts that
+        are spread each with its own."""
+        self.model, self.stage = model, config.zero_stage
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self._parts = _parts(model)
+        self._moments = MOMENTS[config.optimizer]
+        optimizer = _optimizer(model, config)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer,
             lambda step: warmup_cosine(step, config.steps, config.warmup_steps, config.final_learning_rate_share),
         )
-        self._engine, self._optimizer, _, self._schedule = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            lr_scheduler=schedule,
-            model_parameters=trained,
-            config=settings(config, precision, dist.get_world_size(), passthrough),
-        )
-        self.model = model
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        with _experts_known(model):
+            self._engine, self._optimizer, _, self._schedule = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                lr_scheduler=schedule,
+                model_parameters=[p for p in model.parameters() if p.requires_grad],
+                config=settings(config, precision, self.world_size, passthrough),
+            )
         self.device = self._engine.device
 
     def __call__(self, *inputs: Any) -> Any:
@@ -93,38 +107,81 @@ class Engine:
         """Of the next update."""
         return self._schedule.get_last_lr()[0]
 
-    def state(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole float32 tensor) of every trained parameter and of its moments, as NAME and NAME.MOMENT, and of
-        every persistent buffer.
+    @contextlib.contextmanager
+    def whole(self, parameter: nn.Parameter) -> Iterator[None]:
+        """Within, a parameter has its values on every rank, although its module is not in use. All ranks must enter."""
+        if self.stage < 3:
+            yield
+        else:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                yield
 
-        Every rank must run it to its end: each tensor is gathered. Valid after the first update."""
+    def pieces(self) -> list[Piece]:
+        """This rank's part of every trained parameter, of its moments, and of every persistent buffer.
+
+        The pieces of all ranks together are each tensor, once. Valid after the first update, and until the next: views
+        of what training goes on to change."""
+        self._link()
+        found = []
+        for name, parameter in self._trained():
+            whole, first = self._parts[name]
+            start, fragments = self._fragments(parameter)
+            found += [Piece(key, whole, first + start, values) for key, values in self._named(name, fragments)]
+        if self.rank == 0:  # all ranks have the same buffers
+            found += [Piece(name, tuple(b.shape), 0, b.detach().flatten()) for name, b in self._buffers()]
+        return found
+
+    def load(self, read: Read, updates: int) -> None:
+        """Continue from what the `pieces` of any number of ranks held after so many updates. All ranks must call it."""
+        self._make_moments(updates)
         self._link()
         for name, parameter in self._trained():
-            yield name, safe_get_full_fp32_param(parameter)
-            for moment in MOMENTS:
-                yield f"{name}.{moment}", safe_get_full_optimizer_state(parameter, moment)
+            first = self._parts[name].start
+            if self.stage < 3:  # DeepSpeed does not refresh the low-precision copy
+                parameter.data.copy_(read(name, first, parameter.numel()).view_as(parameter))
+            start, fragments = self._fragments(parameter)
+            for key, values in self._named(name, fragments):
+                values.copy_(read(key, first + start, values.numel()))
+            if self.stage == 3 and fragments:
+                parameter.ds_tensor.data[:fragments[0].numel()].copy_(fragments[0])
         for name, buffer in self._buffers():
-            yield name, buffer.float()
-
-    def load(self, state: dict[str, Tensor], updates: int) -> None:
-        """Continue from what `state` gave after so many updates, at any world size. Every rank must call it."""
-        for flat in self._optimizer.single_partition_of_fp32_groups:
-            moments = {moment: torch.zeros_like(flat) for moment in MOMENTS}
-            self._optimizer.optimizer.state[flat] = {"step": torch.tensor(float(updates)), **moments}
-        self._link()
-        for name, parameter in self._trained():
-            master = state[name].contiguous()
-            parameter.data.copy_(master)  # DeepSpeed does not refresh the low-precision copy
-            safe_set_full_fp32_param(parameter, master)
-            for moment in MOMENTS:
-                safe_set_full_optimizer_state(parameter, state[f"{name}.{moment}"].contiguous(), moment)
-        for name, buffer in self._buffers():
-            buffer.copy_(state[name])
+            buffer.copy_(read(name, 0, buffer.numel()).view_as(buffer))
         self._engine.global_steps = updates
         self._schedule.last_epoch = updates - 1
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that this optimizer has made no update yet
             self._schedule.step()
+
+    def _named(self, name: str, fragments: list[Tensor]) -> list[tuple[str, Tensor]]:
+        keys = [name, *(f"{name}.{moment}" for moment in self._moments)]
+        return list(zip(keys, fragments, strict=True)) if fragments else []
+
+    def _fragments(self, parameter: nn.Parameter) -> tuple[int, list[Tensor]]:
+        """Where this rank's share of a parameter starts in it, and the views of its master and moments; none where
+        another rank has all of it."""
+        if self.stage == 3:
+            # Equal shares; the last ones are padded, or nothing but padding.
+            share = parameter.ds_tensor.ds_numel
+            start = min(self.rank * share, parameter.ds_numel)
+            size = min(share, parameter.ds_numel - start)
+            state = [self._optimizer._get_fp32_opt_state_partition(parameter, False, key)[0]
+                     for key in (None, *self._moments)]
+            return start, [tensor.detach().flatten()[:size] for tensor in state] if size > 0 else []
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return 0, []
+        state = [mapping.hp_fragment, *(mapping.optim_fragment[moment] for moment in self._moments)]
+        return mapping.lp_fragment_address.start, [tensor.detach() for tensor in state]
+
+    def _make_moments(self, updates: int) -> None:
+        """No state exists before the first update: make what the optimizer would."""
+        if self.stage == 3:
+            masters = self._optimizer.fp32_partitioned_groups_flat
+        else:
+            masters = self._optimizer.single_partition_of_fp32_groups
+        for flat in masters if self._moments else ():
+            moments = {moment: torch.zeros_like(flat) for moment in self._moments}
+            self._optimizer.optimizer.state[flat] = {"step": torch.tensor(float(updates)), **moments}
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
@@ -135,7 +192,71 @@ class Engine:
         return [(name, buffer) for name, buffer in self.model.named_buffers() if name in persistent]
 
     def _link(self) -> None:
-        # DeepSpeed links moments to parameters after its first group's first step and then never again, which leaves
-        # out every later group: link anew before each use.
-        self._optimizer._hp_optimizer_states_linked = False
-        self._optimizer._lazy_init_hp_params_optimizer_state()
+        if self.stage < 3:
+            # DeepSpeed links moments to parameters after its first group's first step and then never again, which
+            # leaves out every later group: link anew before each use.
+            self._optimizer._hp_optimizer_states_linked = False
+            self._optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _optimizer(model: Decoder, config: TrainConfig) -> torch.optim.Optimizer:
+    """Weight decay for matrices only; experts that are spread in groups that DeepSpeed knows by name."""
+    spread = {id(p) for mixture in _spread(model).values() for p in mixture.experts.parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    own = [p for p in trained if id(p) not in spread]
+    parameter_groups = [
+        {"params": [p for p in own if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in own if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if id(p) in spread], "weight_decay": config.weight_decay, "moe": True,
+         "name": _group_name(model.mesh)},
+    ]
+    parameter_groups = [g for g in parameter_groups if g["params"]]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameter_groups, lr=config.learning_rate)
+    return torch.optim.AdamW(parameter_groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
+class _Experts(MoE):
+    """Tells DeepSpeed, which looks for its own kind of layer, that there are experts, and makes its groups of ranks."""
+
+    def __init__(self, mesh: Mesh, num_experts: int):
+        nn.Module.__init__(self)  # not MoE's, which would make layers
+        self.mesh, self.num_experts = mesh, num_experts
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        if _group_name(self.mesh) not in groups._get_expert_parallel_group_dict():
+            groups._create_expert_and_data_parallel(self.mesh.expert_size, use_data_before_expert_parallel_)
+
+
+@contextlib.contextmanager
+def _experts_known(model: Decoder) -> Iterator[None]:
+    """Mark spread experts while DeepSpeed is set up; outside, the model is as it was."""
+    spread = _spread(model)
+    for mixture in spread.values():
+        for parameter in mixture.experts.parameters():
+            parameter.allreduce, parameter.group_name = False, _group_name(model.mesh)
+    if spread:
+        model.experts_for_deepspeed = _Experts(model.mesh, next(iter(spread.values())).num_experts)
+    try:
+        yield
+    finally:
+        if spread:
+            del model.experts_for_deepspeed
+
+
+def _spread(model: Decoder) -> dict[str, nn.Module]:
+    return model.mixtures() if model.mesh.expert_size > 1 else {}
+
+
+def _group_name(mesh: Mesh) -> str:
+    return f"ep_size_{mesh.expert_size}"  # what DeepSpeed calls it
+
+
+def _parts(model: Decoder) -> dict[str, Part]:
+    """Taken before DeepSpeed may shard the weights and leave their shapes empty."""
+    parts = {name: Part(tuple(p.shape), 0) for name, p in model.named_parameters()}
+    for layer, mixture in _spread(model).items():
+        for name, parameter in mixture.experts.named_parameters():
+            one = tuple(parameter.shape[1:])
+            parts[f"{layer}.experts.{name}"] = Part((mixture.num_experts, *one), mixture.held.start * prod(one))
+    return parts

@@ -30,6 +30,7 @@ def settings(config: TrainConfig, precision: str, world_size: int, passthrough: 
         "fp16": {"enabled": False},
         "zero_optimization": {"stage": config.zero_stage},
         "steps_per_print": 2**31,
+        "zero_allow_untested_optimizer": config.optimizer == "sgd",
     }
     for name in sorted(OURS & passthrough.keys()):
         raise InputError(f"deepspeed.{name} is given: want it left out, because anchor and pack.train say how to train")

@@ -17,7 +17,7 @@ def training_flops_per_token(model: Decoder) -> float:
     share = {}
     for module in model.modules():
         if isinstance(module, MixtureFFN):
-            used = min(module.router.top_k, module.router.num_present) / len(module.experts)
+            used = min(module.router.gate.top_k, module.router.num_present) / len(module.experts)
             share.update({id(p): used for p in module.experts.parameters()})
     return sum((6 if p.requires_grad else 4) * p.numel() * share.get(id(p), 1.0) for p in model.parameters())
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,14 @@ import torch
 
 from moe.config import TrackingConfig, TrainConfig
 from moe.data.loader import Batch, Loader
+from moe.hashing import seed_of
 from moe.model import Decoder
 from moe.train import checkpoint
 from moe.train.engine import Engine
-from moe.train.objective import next_token
+from moe.train.objective import next_token, token_weights
 from moe.train.recorder import Recorder, Report
 from moe.train.telemetry import Metrics
+from moe.train.watchdog import Beat, no_watchdog
 
 
 @dataclass(frozen=True)
@@ -45,27 +46,33 @@ def train(
     held_out: Callable[[], float],
     report: Report,
     before_update: Callable[[int], None] = lambda step: None,
+    beat: Beat = no_watchdog,
 ) -> bool:
     """Train to the last step, or to a checkpoint when `report` asks to stop; return whether it was finished.
 
     `held_out` gives bits per byte of held-out text; `before_update`, told the number of updates done, may set the
-    model's buffers. Every rank must call it, with its own part of the loader."""
+    model's buffers; `beat` tells a watchdog of progress. Every rank must call it, with its own part of the loader."""
     config = job.config
     model.recompute_layers = config.recompute_layers
     engine = Engine(model, config, job.precision, job.deepspeed)
     state = checkpoint.restore(job.folder / "checkpoints", engine, job.identity)
     loader.position = state.position
     metrics = Metrics(job.folder / "metrics.jsonl", state.step, job.tracking, job.name) if engine.rank == 0 else None
+    accumulation = config.gradient_accumulation(engine.world_size)
     recorder = Recorder(engine, metrics, report, config.batch_size * model.config.context_length)
 
     while state.step < config.steps and not recorder.stop_requested:
+        beat("preparation", state.step)
         recorder.start_step()
         before_update(state.step)
         for number, batch in enumerate(loader.micro_batches()):
+            beat(f"micro-batch {number}")
             batch = batch.to(engine.device)
-            seed = _dropout_seed(job.seed, state.step, engine.rank, number)
-            output = engine(batch.token_T, batch.documents, config.attention_dropout, seed)
-            loss = next_token(model, output, batch, job.z_loss_weight)
+            # Numbered over all ranks: the same micro-batches draw the same, whoever computes them.
+            seed = seed_of(job.seed, state.step, engine.rank * accumulation + number)
+            output = engine(batch.token_T, batch.documents, config.attention_dropout, seed, batch.label_T,
+                            token_weights(batch))
+            loss = next_token(output, batch, job.z_loss_weight)
             _check_finite(loss.total, state.step, batch)
             engine.backward(loss.total)  # after the last micro-batch: reduce, clip, update
             recorder.add(loss)
@@ -75,18 +82,16 @@ def train(
         state.skipped += not math.isfinite(row["gradient_norm"])  # DeepSpeed makes no update of these
         last = state.step == config.steps
         if last or state.step % config.evaluate_every == 0:
+            beat("evaluation", state.step)
             row["held_out_bpb"] = held_out()
         recorder.log(row)
         if last or recorder.stop_requested or state.step % config.checkpoint_every == 0:
+            beat("checkpoint", state.step)
             checkpoint.save(job.folder / "checkpoints", engine, state, job.identity)
+    beat("end", state.step)
     if metrics:
         metrics.close()
     return state.step == config.steps
-
-
-def _dropout_seed(*of: int) -> int:
-    """Of the run's seed, an update, a rank and a micro-batch: the same when the update is made again."""
-    return int.from_bytes(blake2b(repr(of).encode(), digest_size=7).digest(), "little")
 
 
 def _check_finite(loss: torch.Tensor, step: int, batch: Batch) -> None:

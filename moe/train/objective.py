@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe.data.loader import IGNORED, Batch
-from moe.model import Decoder, Output
+from moe.model import Output
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,15 @@ class LossParts:
     z_loss: Tensor  # float32 scalar; 0 for a dense model
 
 
-def next_token(model: Decoder, output: Output, batch: Batch, z_loss_weight: float) -> LossParts:
+def token_weights(batch: Batch) -> Tensor:
+    """Of each token's nll in the loss, float32 [T]."""
     T = batch.label_T.numel()
-    weight_T = torch.full((T,), 1 / T, device=batch.label_T.device)
-    tokens = model.loss(output.hidden_TD, batch.label_T, weight_T)
+    return torch.full((T,), 1 / T, device=batch.label_T.device)
+
+
+def next_token(output: Output, batch: Batch, z_loss_weight: float) -> LossParts:
+    """`output` is the model's with the batch's labels and weights."""
+    tokens = output.loss
     z_loss = tokens.loss.new_zeros(())
     if output.routes:
         z_loss = torch.stack([route.z_loss for route in output.routes]).mean()

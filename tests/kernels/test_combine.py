@@ -3,7 +3,7 @@ import torch
 
 import kernels
 from kernels import reference
-from kernels.testing import assert_as_exact_as, combine_inputs, outputs_and_gradients
+from kernels.testing import assert_as_exact_as, combine_inputs, normal, outputs_and_gradients
 
 
 @pytest.mark.parametrize("T, K, D", [
@@ -19,11 +19,38 @@ def test_matches_reference(T, K, D, dtype, device):
                        "out dy dweight", terms=max(K, D))
 
 
+@pytest.mark.parametrize("T, K, D", [
+    pytest.param(1, 1, 8, id="smallest"),
+    pytest.param(5, 3, 33, id="odd-width"),
+    pytest.param(0, 2, 16, id="no-tokens"),
+])
+def test_plain_sums_on_a_base(T, K, D, dtype, device):
+    y_ND, weight_TK, row_TK = combine_inputs(T, K, D, dtype, device)
+    base_TD = normal(T, D, dtype=dtype, device=device, seed=7)
+    assert_as_exact_as(*([lambda y, row, base, op=op: op(y, None, row, base)
+                          for op in (reference.combine, kernels.combine, reference.combine)]),
+                       (y_ND, row_TK, base_TD), "out dy dbase", terms=K)
+    assert_as_exact_as(*([lambda y, weight, row, base, op=op: op(y, weight, row, base)
+                          for op in (reference.combine, kernels.combine, reference.combine)]),
+                       (y_ND, weight_TK, row_TK, base_TD), "out dy dweight dbase", terms=max(K, D))
+
+
+def test_a_plain_sum_keeps_no_rows(implementation, device):
+    """Only the table: what comes back from other ranks would be the largest part of a layer's memory."""
+    y_ND, _, row_TK = combine_inputs(4, 2, 8, torch.float32, device)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()), lambda _: None):
+        kernels.combine(y_ND, None, row_TK)
+    assert saved == [row_TK.numel()]
+
+
 def test_by_hand(implementation, device):
     y_ND = torch.tensor([[1.0], [10.0]], device=device)
     weight_TK = torch.tensor([[0.25, 0.5]], device=device)
     row_TK = torch.tensor([[1, 0]], dtype=torch.int32, device=device)
     assert kernels.combine(y_ND, weight_TK, row_TK).tolist() == [[3.0]]  # 0.25*10 + 0.5*1
+    assert kernels.combine(y_ND, None, row_TK).tolist() == [[11.0]]
+    assert kernels.combine(y_ND, weight_TK, row_TK, torch.tensor([[0.5]], device=device)).tolist() == [[3.5]]
 
 
 def test_sums_in_slot_order(implementation, device):
@@ -67,10 +94,12 @@ def test_repeats_bit_for_bit(dtype, device):
 
 @pytest.mark.parametrize("change, message", [
     pytest.param(dict(y=torch.zeros(5, 4)), r"y has shape \(5, 4\): want \(N=6, D\)", id="rows"),
-    pytest.param(dict(row=torch.zeros(2, 3).int()), r"row has shape \(2, 3\): want \(T=3, K=2\)", id="row-shape"),
+    pytest.param(dict(weight=torch.zeros(2, 3)), r"weight has shape \(2, 3\): want \(T=3, K=2\)", id="weight-shape"),
     pytest.param(dict(row=torch.zeros(3, 2).long()), "row is int64: want int32", id="row-dtype"),
     pytest.param(dict(weight=torch.zeros(3, 2).bfloat16()), "weight is bfloat16: want float32", id="weight"),
-    pytest.param(dict(weight=torch.zeros(3, 0)), "K, the columns of weight, is 0", id="no-columns"),
+    pytest.param(dict(row=torch.zeros(3, 0).int()), "K, the columns of row, is 0", id="no-columns"),
+    pytest.param(dict(base=torch.zeros(3, 5)), r"base has shape \(3, 5\): want \(T=3, D=4\)", id="base-shape"),
+    pytest.param(dict(base=torch.zeros(3, 4).half()), "base is float16", id="base-dtype"),
     pytest.param(dict(row=torch.zeros(3, 2, device="meta").int()), "row is on meta: want cpu", id="device"),
 ])
 def test_refuses(change, message):
