@@ -62,6 +62,8 @@ def connect() -> None:
     # Without this DeepSpeed compiles a C++ extension at first use, which takes half a minute and saves nothing here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed calls collectives by names that torch has begun to call deprecated, and torch says so at each call.
+    warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
 
 

@@ -1,7 +1,12 @@
 """What the tests of the model, the data and the training share: small, and the same in every run."""
 
 import json
+import os
 import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +22,8 @@ from moe.model import Decoder
 from moe.specialty.pack import Pack
 
 VOCABULARY = 280
+ROOT = Path(__file__).parents[2]
+RANK_SECONDS = 120  # that ranks may take on a busy machine
 
 TRAIN = dict(
     steps=6, batch_size=4, micro_batch_size=2, learning_rate=1e-2, warmup_steps=1, evaluate_every=100,
@@ -31,6 +38,46 @@ def documents(count: int, seed: int = 0, most_words: int = 12) -> list[Document]
     return [
         Document(f"row-{seed}-{n}", " ".join(rng.choices(words, k=rng.randint(1, most_words)))) for n in range(count)
     ]
+
+
+@pytest.fixture(scope="session")
+def free_port():
+    """A function: a port nobody listens at."""
+
+    def port() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return probe.getsockname()[1]
+
+    return port
+
+
+@pytest.fixture(scope="session")
+def run_ranks(free_port):
+    """A function: run a script as so many ranks of a process group, each on one thread, to their end."""
+
+    def run(world_size: int, script: Path, argument: Path, folder: Path) -> None:
+        common = {
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size),
+            "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(folder / "extensions"), "PYTHONPATH": str(ROOT),
+        }  # fmt: skip
+        logs = [folder / f"{script.stem}-{rank}-of-{world_size}.log" for rank in range(world_size)]
+        ranks = []
+        for rank, log in enumerate(logs):
+            with log.open("w") as file:
+                ranks.append(subprocess.Popen(
+                    [sys.executable, str(script), str(argument)],
+                    env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdout=file, stderr=subprocess.STDOUT,
+                ))  # fmt: skip
+        try:
+            ends = [rank.wait(timeout=RANK_SECONDS) for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        assert ends == [0] * world_size, "\n".join(log.read_text()[-3000:] for log in logs)
+
+    return run
 
 
 @pytest.fixture(scope="session")
