@@ -85,26 +85,12 @@ def save(folder: Path, model: ModelFolder) -> None:
 
 def load(folder: Path, device: torch.device | str = "cpu") -> ModelFolder:
     """Raises InputError naming the file or tensor that is missing or does not fit."""
+    described, owners, anchor_hash = _described(folder)
     try:
-        config = json.loads((folder / "config.json").read_text())
         tensors = load_file(folder / TENSORS, device=str(device))
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise InputError(f"{folder} is not a whole model folder: {error}") from error
-    if config.get("model_type") != MODEL_TYPE:
-        raise InputError(f"{folder} holds a model of type {config.get('model_type')!r}: want {MODEL_TYPE!r}")
-    try:
-        # Keys that have come since the folder was written are at their defaults there.
-        section = ModelConfig.model_validate({key: config[key] for key, field in ModelConfig.model_fields.items()
-                                              if field.is_required() or key in config})
-        vocab_size, slots = config["vocab_size"], config["slots"]
-        owners, anchor_hash = config["owners"], config["anchor_hash"]
-    except KeyError as error:
-        raise InputError(f"{folder}/config.json does not describe a model: {error.args[0]} is missing") from error
-    except ValidationError as error:
-        raise InputError(f"{folder}/config.json does not describe a model: {error}") from error
-    with torch.device("meta"):
-        decoder = Decoder(section, vocab_size, slots)
-    wanted = decoder.state_dict()
+    wanted = described.state_dict()
     for name in sorted(wanted.keys() | tensors.keys()):
         got = tensors.get(name)
         if name not in wanted or got is None or got.shape != wanted[name].shape:
@@ -112,9 +98,34 @@ def load(folder: Path, device: torch.device | str = "cpu") -> ModelFolder:
                 f"{folder}/{TENSORS}: tensor {name} is {None if got is None else list(got.shape)}: "
                 f"want {list(wanted[name].shape) if name in wanted else 'no such tensor'}"
             )
-    decoder = Decoder(section, vocab_size, slots).to(device)  # buffers are computed, not stored
+    decoder = Decoder(described.config, described.embedding.num_embeddings, described.slots)
+    decoder = decoder.to(device)  # buffers are computed, not stored
     decoder.load_state_dict(tensors, assign=True)
     return ModelFolder(decoder, load_tokenizer(folder / "tokenizer.json"), owners, anchor_hash)
+
+
+def outline(folder: Path) -> Decoder:
+    """The decoder on the meta device, without its weights. Raises InputError where the folder describes none."""
+    return _described(folder)[0]
+
+
+def _described(folder: Path) -> tuple[Decoder, dict[str, int], str | None]:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} is not a whole model folder: {error}") from error
+    if config.get("model_type") != MODEL_TYPE:
+        raise InputError(f"{folder} holds a model of type {config.get('model_type')!r}: want {MODEL_TYPE!r}")
+    try:
+        # Keys that have come since the folder was written are at their defaults there.
+        section = ModelConfig.model_validate({key: config[key] for key, field in ModelConfig.model_fields.items()
+                                              if field.is_required() or key in config})
+        with torch.device("meta"):
+            return Decoder(section, config["vocab_size"], config["slots"]), config["owners"], config["anchor_hash"]
+    except KeyError as error:
+        raise InputError(f"{folder}/config.json does not describe a model: {error.args[0]} is missing") from error
+    except ValidationError as error:
+        raise InputError(f"{folder}/config.json does not describe a model: {error}") from error
 
 
 def is_dense(model: ModelFolder) -> bool:

@@ -1,40 +1,70 @@
-"""Checkpoints: resumed in bits, whole or absent, damaged ones named and passed over, and never too few."""
+"""Checkpoints: whole or absent, damaged ones named and passed over, never too few, written behind the training."""
 
 import json
 import logging
 import re
 import shutil
+import threading
+import weakref
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 
+from moe import manifest as manifests
+from moe.errors import InputError
 from moe.hashing import tensor_hashes
-from moe.train import checkpoint
-from moe.train.checkpoint import State, restore, save
+from moe.train.checkpoint import (
+    DamagedCheckpoint,
+    SaveFailed,
+    Saver,
+    State,
+    files,
+    newest,
+    open_checkpoint,
+    restore,
+    save,
+)
+
+SHARD = "shard-00000-of-00001.safetensors"
 
 
 class Tensors:
-    """Stands in for an engine: holds tensors, takes tensors."""
+    """Stands in for an engine of one rank: holds tensors, takes tensors."""
 
     rank, world_size = 0, 1
 
-    def __init__(self, value: float = 0.0):
-        self.held = {name: torch.full((4, 3), value) for name in ("a.weight", "a.weight.exp_avg", "b")}
-        self.step = None
+    def __init__(self, value: float = 0.0, names=("a.weight", "a.weight.exp_avg", "b")):
+        self.held = {name: torch.full((4, 3), value) for name in names}
+        self.updates = None
 
-    def state(self):
-        yield from self.held.items()
+    def pieces(self):
+        return [Piece(name, (4, 3), 0, tensor.view(-1)) for name, tensor in self.held.items()]
 
-    def load(self, tensors, step):
-        self.held, self.step = tensors, step
+    def load(self, read, updates):
+        for name, tensor in self.held.items():
+            for start in (6, 0):
+                tensor.view(-1)[start : start + 6] = read(name, start, 6)
+        self.updates = updates
+
+
+class Piece:
+    def __init__(self, *fields):
+        self.name, self.shape, self.start, self.values = fields
+
+
+def write(folder, value, step, identity="mine"):
+    """Save a state of this value, to its end."""
+    saver = Saver(folder, Tensors(value), identity, {"model": "none"})
+    saver.save(State(step, 4 * step))
+    saver.finish()
 
 
 @pytest.fixture
 def folder(tmp_path):
     """Checkpoints of steps 3 and 6, told apart by what they hold."""
     for step in (3, 6):
-        save(tmp_path, Tensors(float(step)), State(step, 4 * step), "mine")
+        write(tmp_path, float(step), step)
     return tmp_path
 
 
@@ -43,7 +73,7 @@ def taken(folder, identity="mine"):
     engine = Tensors()
     state = restore(folder, engine, identity)
     values = {float(tensor.unique()) for tensor in engine.held.values()}
-    assert engine.step == (state.step or None)
+    assert engine.updates == (state.step or None)
     return state.step, state.position, *values
 
 
@@ -52,7 +82,7 @@ def names(folder):
 
 
 def test_the_newest_is_taken(folder):
-    assert taken(folder) == (6, 24, 6.0)
+    assert taken(folder) == (6, 24, 6.0) and newest(folder) == folder / "step-00000006"
 
 
 @pytest.mark.parametrize("make", [False, True], ids=["no-folder", "empty-folder"])
@@ -61,14 +91,43 @@ def test_without_one_a_run_starts_at_its_beginning(tmp_path, make):
         (tmp_path / "checkpoints").mkdir()
     engine = Tensors(7.0)
     assert restore(tmp_path / "checkpoints", engine, "mine") == State(0, 0)
-    assert engine.step is None and (engine.held["b"] == 7).all()
+    assert engine.updates is None and (engine.held["b"] == 7).all()
 
 
 def test_two_are_kept(folder):
     for step in (9, 12):
-        save(folder, Tensors(float(step)), State(step, 4 * step), "mine")
+        write(folder, float(step), step)
         assert taken(folder) == (step, 4 * step, float(step))
     assert names(folder) == ["step-00000009", "step-00000012"]
+
+
+def test_updates_that_were_skipped_do_not_count_as_made(tmp_path):
+    saver = Saver(tmp_path, Tensors(1.0), "mine", {})
+    saver.save(State(9, 36, skipped=2))
+    saver.finish()
+    engine = Tensors()
+    assert restore(tmp_path, engine, "mine") == State(9, 36, 2) and engine.updates == 7
+
+
+def test_the_manifest_says_what_it_is_of(folder):
+    manifest = manifests.read(folder / "step-00000006/manifest.json")
+    assert manifest.pop("versions").keys() == {"torch", "deepspeed", "safetensors"}
+    size = (folder / "step-00000006" / SHARD).stat().st_size
+    hashes = tensor_hashes(Tensors(6.0).held)
+    assert manifest == {
+        "schema": 2, "identity": "mine", "step": 6, "position": 24, "skipped": 0, "world_size": 1,
+        "description": {"model": "none"}, "shards": {SHARD: {"bytes": size}},
+        "tensors": {name: {"shape": [4, 3], "shard": SHARD, "sha256": hashes[name]} for name in hashes},
+    }  # fmt: skip
+
+
+def test_others_may_read_what_their_group_may(folder):
+    """safetensors alone would leave a file that nobody but its owner reads."""
+    modes = {path.stat().st_mode for path in (folder / "step-00000006").iterdir()}
+    assert len(modes) == 1
+
+
+# --- damage
 
 
 def truncate(path):
@@ -85,17 +144,20 @@ def flip(place):
 
 
 DAMAGES = [
-    pytest.param("state.safetensors", truncate, "state.safetensors|cannot be read", id="truncated"),
-    pytest.param("state.safetensors", lambda path: path.write_bytes(b""), "cannot be read", id="emptied"),
-    pytest.param("state.safetensors", lambda path: path.unlink(), "cannot be read", id="missing"),
-    pytest.param("state.safetensors", flip(1.0), "at tensor b$", id="last-bit-flipped"),
-    pytest.param("state.safetensors", flip(0.8), r"at tensor a\.weight", id="a-bit-flipped-amid"),
-    pytest.param("state.safetensors", flip(0.0), "cannot be read", id="first-bit-flipped"),
-    pytest.param("manifest.json", truncate, "cannot be read", id="manifest-truncated"),
-    pytest.param("manifest.json", lambda path: path.unlink(), "cannot be read", id="manifest-missing"),
-    pytest.param("manifest.json", lambda path: path.write_text("{}"), "", id="manifest-emptied"),
-    pytest.param("manifest.json", lambda path: path.write_text("[]"), "", id="manifest-another-json"),
-]
+    pytest.param(SHARD, truncate, f"{SHARD} has \\d+ bytes: want \\d+", id="truncated"),
+    pytest.param(SHARD, lambda path: path.write_bytes(b""), "has 0 bytes", id="emptied"),
+    pytest.param(SHARD, lambda path: path.unlink(), f"{SHARD} is missing", id="missing"),
+    pytest.param(SHARD, flip(1.0), f"tensor b in {SHARD} does not match its hash$", id="last-bit-flipped"),
+    pytest.param(SHARD, flip(0.8), r"tensor a\.weight", id="a-bit-flipped-amid"),
+    pytest.param(SHARD, flip(0.0), "cannot be read", id="first-bit-flipped"),
+    pytest.param("manifest.json", truncate, "manifest.json is not JSON", id="manifest-truncated"),
+    pytest.param("manifest.json", lambda path: path.unlink(), "incomplete: manifest.json is missing",
+                 id="manifest-missing"),
+    pytest.param("manifest.json", lambda path: path.write_text("{}"), "manifest.json", id="manifest-emptied"),
+    pytest.param("manifest.json", lambda path: path.write_text("[]"), "manifest.json", id="manifest-another-json"),
+    pytest.param("manifest.json", lambda path: manifests.write(path, {"schema": 1}), "is of schema 1: want 2",
+                 id="of-an-earlier-version"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, damage, said", DAMAGES)
@@ -104,14 +166,14 @@ def test_a_damaged_one_is_named_and_the_older_one_taken(folder, caplog, name, da
     with caplog.at_level(logging.WARNING):
         assert taken(folder) == (3, 12, 3.0)
     (record,) = caplog.records
-    message = record.getMessage().split("; falling back")[0]
+    message = record.getMessage().split("; looking for")[0]
     assert "step-00000006" in message
     assert re.search(said, message), message
 
 
 def test_every_bit_of_the_header_counts(folder, caplog):
     """Names, shapes and dtypes stand there: no flip may load, and none may crash."""
-    path = folder / "step-00000006/state.safetensors"
+    path = folder / f"step-00000006/{SHARD}"
     content = path.read_bytes()
     size = int.from_bytes(content[:8], "little") + 8
     for place in range(size):
@@ -129,28 +191,45 @@ def test_a_changed_number_of_the_manifest_is_noticed(folder, key, value):
     assert taken(folder) == (3, 12, 3.0)
 
 
-def test_all_damaged_is_a_fresh_start(folder, caplog):
-    for step in (3, 6):
-        truncate(folder / f"step-{step:08}/state.safetensors")
-    assert restore(folder, Tensors(), "mine") == State(0, 0)
+def test_one_under_the_name_of_another_step_is_not_taken(folder, caplog):
+    (folder / "step-00000006").rename(folder / "step-00000009")
+    assert taken(folder) == (3, 12, 3.0) and "manifest.json is of step 6" in caplog.text
+
+
+def test_where_all_are_damaged_nothing_begins_anew_unasked(folder, caplog):
+    truncate(folder / f"step-00000003/{SHARD}")
+    (folder / "step-00000006/manifest.json").unlink()
+    with pytest.raises(DamagedCheckpoint) as refused:
+        restore(folder, Tensors(), "mine")
+    for part in ("step-00000003 is damaged", "step-00000006 is incomplete", "delete the folder to begin anew"):
+        assert part in str(refused.value)
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
 
 
-@pytest.mark.parametrize("damaged", [(6,), (3, 6)], ids=str)
-def test_a_damaged_newer_one_does_not_crowd_out_the_new(folder, damaged):
+def test_a_damaged_newer_one_does_not_crowd_out_the_new(folder):
     """Whoever falls back and saves before reaching the damaged step again must find that save."""
-    for step in damaged:
-        truncate(folder / f"step-{step:08}/state.safetensors")
-    first = restore(folder, Tensors(), "mine").step
-    save(folder, Tensors(5.0), State(first + 1, 20), "mine")
-    assert taken(folder) == (first + 1, 20, 5.0)
-    truncate(folder / f"step-{first + 1:08}/state.safetensors")
-    assert restore(folder, Tensors(), "mine").step == first  # the one it was restored from is still behind it
+    truncate(folder / f"step-00000006/{SHARD}")
+    assert restore(folder, Tensors(), "mine").step == 3
+    write(folder, 5.0, 4)
+    assert taken(folder) == (4, 20 - 4, 5.0) and names(folder) == ["step-00000003", "step-00000004"]
+    truncate(folder / f"step-00000004/{SHARD}")
+    assert restore(folder, Tensors(), "mine").step == 3  # the one it was restored from is still behind it
 
 
-def test_another_jobs_is_not_taken(folder, caplog):
-    assert restore(folder, Tensors(), "another job") == State(0, 0)
-    assert "step-00000006 belongs to another job" in caplog.text
+def test_another_jobs_is_refused_with_both_named(folder):
+    engine = Tensors()
+    with pytest.raises(InputError, match="step-00000006 belongs to a job of identity mine: want other") as refused:
+        restore(folder, engine, "other")
+    assert not isinstance(refused.value, DamagedCheckpoint) and engine.updates is None
+
+
+@pytest.mark.parametrize("wanted, said", [
+    pytest.param(("a.weight", "b", "c"), "has no tensor c", id="a-tensor-too-few"),
+    pytest.param(("a.weight", "b"), r"holds tensor a\.weight\.exp_avg, which this model has not", id="one-too-many"),
+])  # fmt: skip
+def test_tensors_of_another_model_are_refused(folder, wanted, said):
+    with pytest.raises(InputError, match=said):
+        restore(folder, Tensors(names=wanted), "mine")
 
 
 def test_what_was_never_finished_is_not_there(folder):
@@ -158,67 +237,144 @@ def test_what_was_never_finished_is_not_there(folder):
     (folder / "step-12").mkdir()
     (folder / "step-00000015.old").mkdir()
     assert taken(folder) == (6, 24, 6.0)
+    write(folder, 9.0, 9)
+    assert names(folder) == ["step-00000006", "step-00000009", "step-00000015.old", "step-12"]
 
 
-@pytest.mark.parametrize("fails", ["save_file", "_flush"], ids=["while-writing", "while-flushing"])
-def test_a_save_that_fails_leaves_the_others(folder, monkeypatch, fails):
+# --- saving
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Holds every shard's writing until it is let go: an event for each, by name; and the names that have begun."""
+    written, let_go, begun = save.write_shard, threading.Event(), []
+
+    def wait(path, tensors):
+        begun.append(path.parent.name)
+        assert let_go.wait(20)
+        return written(path, tensors)
+
+    monkeypatch.setattr(save, "write_shard", wait)
+    yield let_go, begun
+    let_go.set()
+
+
+def test_training_goes_on_while_a_save_is_pending(folder, held):
+    let_go, _ = held
+    engine, state = Tensors(9.0), State(9, 36)
+    saver = Saver(folder, engine, "mine", {})
+    saver.poll()
+    saver.save(state)
+    for tensor in engine.held.values():
+        tensor.fill_(-1)
+    state.step = state.position = -1
+    for _ in range(5):
+        saver.poll()
+    assert "step-00000009" not in names(folder) and taken(folder) == (6, 24, 6.0)
+    let_go.set()
+    saver.finish()
+    assert taken(folder) == (9, 36, 9.0)
+
+
+def test_polling_alone_brings_a_save_to_its_end(folder):
+    saver = Saver(folder, Tensors(9.0), "mine", {})
+    saver.save(State(9, 36))
+    polls = 0
+    while newest(folder).name != "step-00000009":
+        saver.poll()
+        polls += 1
+        threading.Event().wait(0.01)
+        assert polls < 1000
+    saver.finish()
+    assert taken(folder) == (9, 36, 9.0)
+
+
+def test_a_save_waits_for_the_one_before(folder, held):
+    let_go, begun = held
+    engine = Tensors(9.0)
+    saver = Saver(folder, engine, "mine", {})
+    saver.save(State(9, 36))
+    threading.Timer(0.05, let_go.set).start()
+    engine.held["b"].fill_(12.0)
+    saver.save(State(12, 48))
+    assert begun[0] == ".step-00000009.partial" and "step-00000009" in names(folder)
+    saver.finish()
+    assert names(folder) == ["step-00000009", "step-00000012"]
+    assert open_checkpoint(folder / "step-00000009").tensor("b").unique() == 9
+    assert open_checkpoint(folder / "step-00000012").tensor("b").unique() == 12
+
+
+def test_there_is_one_snapshot_at_most(folder, monkeypatch):
+    """Held while it is written, gone before the next is made."""
+    alive, most, snapshot = weakref.WeakSet(), [], save.snapshot
+
+    def counted(*arguments):
+        most.append(len(alive))
+        tensors = snapshot(*arguments)
+        alive.update(tensors.values())
+        return tensors
+
+    monkeypatch.setattr(save, "snapshot", counted)
+    saver = Saver(folder, Tensors(9.0), "mine", {})
+    for step in (9, 12, 15):
+        saver.save(State(step))
+    saver.finish()
+    assert most == [0, 0, 0] and not alive
+
+
+@pytest.mark.parametrize("fails, error", [
+    pytest.param("write_shard", OSError(28, "No space left on device"), id="while-writing"),
+    pytest.param("write_shard", SafetensorError("I/O error: No space left on device"), id="in-the-library"),
+    pytest.param("write_manifest", OSError(28, "No space left on device"), id="the-manifest"),
+    pytest.param("flush", OSError(28, "No space left on device"), id="while-flushing"),
+])  # fmt: skip
+def test_a_save_that_fails_leaves_the_others(folder, monkeypatch, fails, error):
     def full(*_, **__):
-        raise OSError(28, "No space left on device")
+        raise error
 
+    saver = Saver(folder, Tensors(9.0), "mine", {})
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, fails, full)
-        with pytest.raises(OSError, match="No space left"):
-            save(folder, Tensors(9.0), State(9, 36), "mine")
-    assert taken(folder) == (6, 24, 6.0)
-    save(folder, Tensors(9.0), State(9, 36), "mine")
+        patch.setattr(save, fails, full)
+        saver.save(State(9, 36))
+        with pytest.raises(SaveFailed) as failed:
+            saver.finish()
+    for part in ("step-00000009 could not be written by rank 0", "No space left", f"is {folder}/step-00000006"):
+        assert part in str(failed.value)
+    assert names(folder) == ["step-00000003", "step-00000006"] and taken(folder) == (6, 24, 6.0)
+    saver.save(State(9, 36))
+    saver.finish()
     assert taken(folder) == (9, 36, 9.0) and names(folder) == ["step-00000006", "step-00000009"]
 
 
+def test_the_first_save_that_fails_says_that_there_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(save, "write_shard", lambda *_: 1 / 0)
+    with pytest.raises(SaveFailed, match="ZeroDivisionError: division by zero; there is no older one"):
+        write(tmp_path / "new", 1.0, 3)
+
+
+def test_what_cannot_be_deleted_does_not_fail_the_save(folder, monkeypatch, caplog):
+    removed = save._remove
+
+    def refuse(path):
+        if path.name == "step-00000003":
+            raise PermissionError(13, "Permission denied", str(path))
+        removed(path)
+
+    monkeypatch.setattr(save, "_remove", refuse)
+    write(folder, 9.0, 9)
+    assert taken(folder) == (9, 36, 9.0) and "step-00000003" in caplog.text
+
+
 def test_the_same_step_may_be_saved_again(folder):
-    save(folder, Tensors(8.0), State(6, 24), "mine")
-    assert taken(folder) == (6, 24, 8.0) and len(names(folder)) == 2
+    write(folder, 8.0, 6)
+    assert taken(folder) == (6, 24, 8.0) and names(folder) == ["step-00000003", "step-00000006"]
 
 
 def test_what_is_on_disk_is_flushed_before_it_is_named(tmp_path, monkeypatch):
     """The rename must not reach the disk before the contents do."""
-    order = []
-    replace = checkpoint.os.replace
-    monkeypatch.setattr(checkpoint, "_flush", lambda path: order.append(path.name))
-    monkeypatch.setattr(checkpoint.os, "replace", lambda *paths: (order.append("rename"), replace(*paths)))
-    save(tmp_path / "checkpoints", Tensors(), State(3, 12), "mine")
-    assert order == ["state.safetensors", "manifest.json", ".step-00000003.partial", "rename", "checkpoints"]
-
-
-# --- with the engine
-
-
-@pytest.mark.parametrize("zero_stage", [1, 2], ids=["zero-1", "zero-2"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["dense", "pack"])
-def test_a_run_continued_is_the_run_in_bits(train, make_model, job, kind, precision, zero_stage):
-    whole, halves = (job(name, precision, zero_stage=zero_stage) for name in ("whole", "halves"))
-    unbroken, continued = make_model(kind), make_model(kind)
-    finished, rows = train(whole, unbroken)
-    assert finished and len(rows) == 6
-    finished, first = train(halves, make_model(kind), stop_after=3)
-    assert not finished and len(first) == 3
-    finished, second = train(halves, continued)
-    assert finished and [row["step"] for row in second] == [4, 5, 6]
-    for key in ("loss", "learning_rate", "gradient_norm", "z_loss"):
-        assert [row[key] for row in (*first, *second)] == [row[key] for row in rows], key
-    manifests = [
-        json.loads((folder / "checkpoints/step-00000006/manifest.json").read_text())
-        for folder in (whole.folder, halves.folder)
-    ]
-    assert manifests[0] == manifests[1]  # the hash of every master and moment
-    assert tensor_hashes(continued.state_dict()) == tensor_hashes(unbroken.state_dict())
-
-
-def test_frozen_weights_are_not_in_it(train, make_model, job):
-    model, made = make_model("pack"), job()
-    train(made, model)
-    state = load_file(made.folder / "checkpoints/step-00000006/state.safetensors")
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    fitted = {f"layers.{n}.ffn.{name}" for n in range(2) for name in ("row", "bias")}
-    assert set(state) == {f"{name}{end}" for name in trained for end in ("", ".exp_avg", ".exp_avg_sq")} | fitted
-    assert all(tensor.dtype == torch.float32 for tensor in state.values())
+    order, replace = [], save.os.replace
+    for module in (files, save):
+        monkeypatch.setattr(module, "flush", lambda path: order.append(path.name))
+    monkeypatch.setattr(save.os, "replace", lambda *paths: (order.append("rename"), replace(*paths)))
+    write(tmp_path / "checkpoints", 1.0, 3)
+    assert order == [SHARD, "manifest.json", ".step-00000003.partial", "rename", "checkpoints"]

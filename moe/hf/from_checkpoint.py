@@ -1,0 +1,18 @@
+"""A model out of a training checkpoint, whose weights are whole float32 tensors however many ranks trained them."""
+
+import torch
+from tokenizers import Tokenizer
+
+from moe.config import ModelConfig
+from moe.hf.folder import ModelFolder
+from moe.model import Decoder
+from moe.train.checkpoint import Checkpoint
+
+
+def model_of(checkpoint: Checkpoint, config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> ModelFolder:
+    """To be saved, not to be run: it has its weights, in `dtype`, routers in float32, and nothing else. The checkpoint
+    is one of this model."""
+    with torch.device("meta"):
+        decoder = Decoder(config, tokenizer.get_vocab_size())
+    decoder.load_state_dict({name: checkpoint.tensor(name) for name in decoder.state_dict()}, assign=True)
+    return ModelFolder(decoder.cast(dtype), tokenizer)

@@ -1,0 +1,214 @@
+"""A checkpoint's files: their names, and how they are written, read and verified. Needs no engine and no other rank.
+
+    FOLDER/step-00000100/shard-00000-of-00004.safetensors   whole logical tensors, float32, of the rank that wrote them
+    FOLDER/step-00000100/manifest.json                      what the run must know to go on, what the job is, and of
+                                                            each tensor its shape, its shard and its SHA-256
+"""
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moe import manifest as manifests
+from moe.errors import InputError
+from moe.hashing import tensor_hash
+
+SCHEMA = 2
+MANIFEST = "manifest.json"
+NAME = re.compile(r"step-(\d{8})")
+VERSIONS = ("torch", "deepspeed", "safetensors")
+ITEM_BYTES = 4  # float32
+
+
+@dataclass
+class State:
+    """What a run must know to go on, beside its tensors; plain values."""
+
+    step: int = 0  # updates done
+    position: int = 0  # sequences taken from the loader
+    skipped: int = 0  # of `step`, updates not made because their gradient was not finite
+
+
+class DamagedCheckpoint(InputError):
+    """A checkpoint that cannot be what was saved; the message names the file or tensor."""
+
+
+class Damage(NamedTuple):
+    file: str  # of the checkpoint's folder
+    tensor: str | None  # None: the file itself
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{f'tensor {self.tensor} in ' if self.tensor else ''}{self.file} {self.problem}"
+
+
+class Checkpoint:
+    """One checkpoint, open for reading. Files are mapped, so that only what is asked for is read."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]):
+        self.path, self.manifest = path, manifest
+        self._shards: dict[str, safe_open] = {}
+
+    @property
+    def state(self) -> State:
+        return State(**{f.name: self.manifest[f.name] for f in fields(State) if f.name in self.manifest})
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self.manifest["tensors"])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._record(name)["shape"])
+
+    def num_bytes(self, name: str) -> int:
+        return ITEM_BYTES * math.prod(self.shape(name))
+
+    def tensor(self, name: str) -> Tensor:
+        """The whole tensor, on the CPU; a view of the file. Raises DamagedCheckpoint where it cannot be read."""
+        file = self._record(name)["shard"]
+        try:
+            return self._shard(file).get_tensor(name)
+        except SafetensorError as error:
+            raise self._damaged(Damage(file, name, "is missing")) from error
+
+    def read(self, name: str, start: int, numel: int) -> Tensor:
+        """So many elements of the tensor laid flat, float32 [numel] on the CPU; a copy."""
+        flat = self.tensor(name).flatten()
+        if start + numel > flat.numel():
+            raise InputError(f"checkpoint {self.path} has {flat.numel()} elements of tensor {name}: this model wants "
+                             f"{start + numel} or more; want a checkpoint of this model")
+        return flat[start : start + numel].clone()
+
+    def verify(self, names: Iterable[str] | None = None, progress: Callable[[int], None] = lambda _: None
+               ) -> list[Damage]:
+        """What is wrong with these tensors (None: with all, and with shards that hold none), by their hashes.
+
+        `progress` is told the bytes of each tensor that has been looked at."""
+        of_shard: dict[str, list[str]] = {file: [] for file in self.manifest["shards"] if names is None}
+        for name in self.names if names is None else names:
+            of_shard.setdefault(self._record(name)["shard"], []).append(name)
+        found = []
+        for file, held in sorted(of_shard.items()):
+            if problem := self._problem(file):
+                found.append(Damage(file, None, problem))
+                progress(sum(map(self.num_bytes, held)))
+                continue
+            present = set(self._shard(file).keys())
+            for name in sorted(held):
+                if name not in present:
+                    found.append(Damage(file, name, "is missing"))
+                elif tensor_hash(self.tensor(name)) != self._record(name)["sha256"]:
+                    found.append(Damage(file, name, "does not match its hash"))
+                progress(self.num_bytes(name))
+        return found
+
+    def _record(self, name: str) -> dict[str, Any]:
+        if name not in self.manifest["tensors"]:
+            raise InputError(f"checkpoint {self.path} has no tensor {name}: want a checkpoint of this model")
+        return self.manifest["tensors"][name]
+
+    def _shard(self, file: str) -> safe_open:
+        if problem := self._problem(file):
+            raise self._damaged(Damage(file, None, problem))
+        return self._shards[file]
+
+    def _problem(self, file: str) -> str | None:
+        """Why the shard cannot be read; None where it is open now."""
+        if file in self._shards:
+            return None
+        path, want = self.path / file, self.manifest["shards"][file]["bytes"]
+        try:
+            if (got := path.stat().st_size) != want:
+                return f"has {got} bytes: want {want}"
+            self._shards[file] = safe_open(path, framework="pt")
+        except FileNotFoundError:
+            return "is missing"
+        except (OSError, SafetensorError) as error:
+            return f"cannot be read: {error}"
+        return None
+
+    def _damaged(self, damage: Damage) -> DamagedCheckpoint:
+        return DamagedCheckpoint(f"checkpoint {self.path} is damaged: {damage}")
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Its tensors are not verified. Raises DamagedCheckpoint where the manifest is missing, is of another schema, or is
+    not as it was written."""
+    try:
+        manifest = manifests.read(path / MANIFEST)
+    except FileNotFoundError as error:
+        raise DamagedCheckpoint(f"checkpoint {path} is incomplete: {MANIFEST} is missing") from error
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"checkpoint {path} cannot be read: {error}") from error
+    if manifest.get("schema") != SCHEMA:
+        raise DamagedCheckpoint(f"checkpoint {path} is of schema {manifest.get('schema')}: want {SCHEMA}; another "
+                                "version of this software wrote it, and only that can read it")
+    if (named := NAME.fullmatch(path.name)) and int(named[1]) != manifest["step"]:
+        raise DamagedCheckpoint(f"checkpoint {path} is misnamed: its {MANIFEST} is of step {manifest['step']}")
+    return Checkpoint(path, manifest)
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """Checkpoints under their final names, newest first; of the rest nothing counts. Not verified."""
+    if not folder.is_dir():
+        return []
+    return sorted((folder / name for name in os.listdir(folder) if NAME.fullmatch(name)), reverse=True)
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint a run would look at first."""
+    return next(iter(step_folders(folder)), None)
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08}"
+
+
+def shard_name(rank: int, world_size: int) -> str:
+    return f"shard-{rank:05}-of-{world_size:05}.safetensors"
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Write tensors to the disk, and return what the manifest says of them. Raises OSError or SafetensorError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    mode = path.stat().st_mode  # safetensors would leave a file that nobody else may read
+    save_file(tensors, path)
+    path.chmod(mode)
+    flush(path)
+    records = {name: {"shape": list(t.shape), "shard": path.name, "sha256": tensor_hash(t)}
+               for name, t in tensors.items()}
+    return {"bytes": path.stat().st_size, "tensors": records}
+
+
+def write_manifest(path: Path, state: State, about: dict[str, Any], shards: dict[str, dict[str, Any]]) -> None:
+    """`shards` has of each file what `write_shard` has returned."""
+    tensors = {name: record for shard in shards.values() for name, record in shard["tensors"].items()}
+    manifest = {
+        "schema": SCHEMA,
+        **asdict(state),
+        **about,
+        "versions": {name: version(name) for name in VERSIONS},
+        "shards": {file: {"bytes": shard["bytes"]} for file, shard in shards.items()},
+        "tensors": dict(sorted(tensors.items())),
+    }
+    manifests.write(path, manifest)
+    flush(path)
+
+
+def flush(path: Path) -> None:
+    """A file's contents, or a folder's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

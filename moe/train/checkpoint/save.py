@@ -1,0 +1,162 @@
+"""Saving while training goes on. Training stops for a copy of the state in memory; a thread of each rank hashes, writes
+and flushes its shard; when all shards lie on the disk, a thread of rank 0 writes the manifest and renames the folder.
+
+Threads talk to no other rank: what they have done is asked for by `poll`, once a step.
+"""
+
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe.train.checkpoint.files import (
+    MANIFEST,
+    State,
+    flush,
+    newest,
+    shard_name,
+    step_folder,
+    step_folders,
+    write_manifest,
+    write_shard,
+)
+from moe.train.checkpoint.gather import make_plan, snapshot, sums, values_of_all
+from moe.train.checkpoint.plan import Plan
+
+if TYPE_CHECKING:
+    from moe.train.engine import Engine  # which loads DeepSpeed: reading a checkpoint needs none
+
+KEEP = 2  # a damaged newest one must leave another to fall back to
+
+log = logging.getLogger(__name__)
+
+
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be written; the message says by which rank and why, and what there is instead."""
+
+
+@dataclass
+class _Pending:
+    """A save that has begun."""
+
+    state: State
+    work: Future  # of this rank's thread: its shard, then on rank 0 the rest
+    shards_written: bool = False
+
+
+class Saver:
+    """Writes FOLDER/step-N and keeps KEEP of them. Every rank has one and calls the same methods in the same order.
+
+    A later step's can only be one that `restore` has passed over: it goes."""
+
+    def __init__(self, folder: Path, engine: "Engine", identity: str, description: dict[str, Any]):
+        """`identity` is of the job, whose checkpoints no other takes; `description` says in plain values what it is."""
+        self._folder, self._engine = folder, engine
+        self._about = {"identity": identity, "world_size": engine.world_size, "description": description}
+        self._plan: Plan | None = None
+        self._pending: _Pending | None = None
+        if engine.rank == 0:  # nobody writes before the first exchange with rank 0
+            for path in folder.glob(".step-*"):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def save(self, state: State) -> None:
+        """Begin to write the engine's state; on return it may change. Finishes what is pending first."""
+        self.finish()
+        pieces = self._engine.pieces()
+        if self._plan is None:
+            self._plan = make_plan(pieces, self._engine)
+        tensors = snapshot(self._plan, pieces, self._engine)
+        path = self._partial(state) / shard_name(self._engine.rank, self._engine.world_size)
+        self._pending = _Pending(copy(state), _in_thread(lambda: write_shard(path, tensors)))
+
+    def poll(self) -> None:
+        """Go on with what is pending, if anything is; waits for no disk. Raises SaveFailed, on all ranks."""
+        if self._pending is None:
+            return
+        work = self._pending.work
+        ended, failed = sums([work.done(), work.done() and work.exception() is not None], self._engine)
+        if failed:
+            self._give_up()
+        if ended < self._engine.world_size:
+            return
+        if self._pending.shards_written:
+            self._pending = None
+            return
+        state, shards = self._pending.state, values_of_all(work.result(), self._engine)
+        self._pending = _Pending(state, _in_thread(lambda: self._commit(state, shards)), shards_written=True)
+
+    def finish(self) -> None:
+        """Wait until what is pending lies on the disk under its name. Raises SaveFailed, on all ranks."""
+        while self._pending is not None:
+            self._pending.work.exception()  # waits
+            self.poll()
+
+    def _commit(self, state: State, shards: list[dict[str, Any]]) -> None:
+        """`shards` has what each rank says of its own."""
+        if self._engine.rank != 0:
+            return
+        partial, final = self._partial(state), step_folder(self._folder, state.step)
+        named = {shard_name(rank, len(shards)): shard for rank, shard in enumerate(shards)}
+        for rank, (file, shard) in enumerate(named.items()):
+            if not (partial / file).is_file() or (partial / file).stat().st_size != shard["bytes"]:
+                raise OSError(f"rank 0 does not find what rank {rank} has written to {partial / file}: want a folder "
+                              "on storage that all nodes share")
+        write_manifest(partial / MANIFEST, state, self._about, named)
+        flush(partial)
+        if final.exists():
+            _remove(final)
+        os.replace(partial, final)
+        flush(self._folder)
+        steps = step_folders(self._folder)
+        first = steps.index(final)
+        for path in (*steps[:first], *steps[first + KEEP :]):
+            try:
+                _remove(path)
+            except OSError as error:
+                log.warning("checkpoint %s, which is not needed any more, could not be removed: %s", path, error)
+
+    def _give_up(self) -> None:
+        pending, self._pending = self._pending, None
+        error = pending.work.exception()  # waits: nobody is to write into a folder that is removed
+        said = values_of_all(error and f"{type(error).__name__}: {error}", self._engine)
+        whole = str(newest(self._folder) or "")
+        if self._engine.rank == 0:
+            shutil.rmtree(self._partial(pending.state), ignore_errors=True)
+        sums([0], self._engine)  # it is gone before anybody may begin another
+        rank, problem = next((rank, text) for rank, text in enumerate(said) if text)
+        path = step_folder(self._folder, pending.state.step)
+        raise SaveFailed(
+            f"checkpoint {path} could not be written by rank {rank}: {problem}; "
+            + (f"the newest whole checkpoint, from which the run can go on, is {whole}" if whole
+               else "there is no older one")
+        ) from error
+
+    def _partial(self, state: State) -> Path:
+        return self._folder / f".{step_folder(self._folder, state.step).name}.partial"
+
+
+def _remove(path: Path) -> None:
+    """Rename, then delete: a kill between two files must not leave half of a checkpoint under its name."""
+    hidden = path.with_name(f".{path.name}.removed")
+    os.replace(path, hidden)
+    shutil.rmtree(hidden)
+
+
+def _in_thread(work: Callable[[], Any]) -> Future:
+    """Run it in a thread that keeps no process alive."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    return future
