@@ -6,16 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from moe.config import TrackingConfig, TrainConfig
-from moe.data.loader import Batch, Loader
+from moe.config import BalanceConfig, TrackingConfig, TrainConfig
+from moe.data.loader import Loader
+from moe.eval.bits import Forward
 from moe.hashing import seed_of
 from moe.model import Decoder
 from moe.train import checkpoint
+from moe.train.balance import Balance
 from moe.train.engine import Engine
+from moe.train.finite import Guard
 from moe.train.objective import next_token, token_weights
 from moe.train.recorder import Recorder, Report
+from moe.train.routing import Watch
 from moe.train.telemetry import Metrics
 from moe.train.watchdog import Beat, no_watchdog
 
@@ -29,37 +31,39 @@ class Job:
     identity: str  # hash of everything that determines the result; checkpoints of another job are not taken
     config: TrainConfig
     precision: str
-    z_loss_weight: float
+    balance: BalanceConfig
     seed: int  # of attention's dropout
     tracking: TrackingConfig
     deepspeed: dict[str, Any]
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss is not a number; the message names the step and the documents."""
 
 
 def train(
     job: Job,
     model: Decoder,
     loader: Loader,
-    held_out: Callable[[], float],
+    held_out: Callable[[Forward], dict[str, Any]],
     report: Report,
     before_update: Callable[[int], None] = lambda step: None,
     beat: Beat = no_watchdog,
+    at_end: Callable[[Forward], None] = lambda forward: None,
 ) -> bool:
     """Train to the last step, or to a checkpoint when `report` asks to stop; return whether it was finished.
 
-    `held_out` gives bits per byte of held-out text; `before_update`, told the number of updates done, may set the
-    model's buffers; `beat` tells a watchdog of progress. Every rank must call it, with its own part of the loader."""
+    `held_out`, given what is to be called in the model's place, gives figures of held-out text for the row; so given,
+    `at_end` may measure what was finished. `before_update`, told the number of updates done, may set the model's
+    buffers; `beat` tells a watchdog of progress. Every rank must call it, with its own part of the loader."""
     config = job.config
     model.recompute_layers = config.recompute_layers
     engine = Engine(model, config, job.precision, job.deepspeed)
-    state = checkpoint.restore(job.folder / "checkpoints", engine, job.identity)
+    checkpoints = job.folder / "checkpoints"
+    state = checkpoint.restore(checkpoints, engine, job.identity)
+    saver = checkpoint.Saver(checkpoints, engine, job.identity, _description(job, model))
     loader.position = state.position
     metrics = Metrics(job.folder / "metrics.jsonl", state.step, job.tracking, job.name) if engine.rank == 0 else None
     accumulation = config.gradient_accumulation(engine.world_size)
     recorder = Recorder(engine, metrics, report, config.batch_size * model.config.context_length)
+    balance, watch = Balance(model, job.balance), Watch(model, job.balance)
+    guard = Guard(job.folder, engine.rank, config.max_skipped)
 
     while state.step < config.steps and not recorder.stop_requested:
         beat("preparation", state.step)
@@ -72,30 +76,46 @@ def train(
             seed = seed_of(job.seed, state.step, engine.rank * accumulation + number)
             output = engine(batch.token_T, batch.documents, config.attention_dropout, seed, batch.label_T,
                             token_weights(batch))
-            loss = next_token(output, batch, job.z_loss_weight)
-            _check_finite(loss.total, state.step, batch)
+            loss = next_token(output, batch, balance)
             engine.backward(loss.total)  # after the last micro-batch: reduce, clip, update
             recorder.add(loss)
+            balance.add(output.routes)
+            guard.add(loss.total, batch)
         state.step, state.position = state.step + 1, loader.position
 
         row = recorder.end_step(state.step)
-        state.skipped += not math.isfinite(row["gradient_norm"])  # DeepSpeed makes no update of these
+        applied = math.isfinite(row["gradient_norm"])  # DeepSpeed makes no update of the others
+        state.skipped += not applied
         last = state.step == config.steps
-        if last or state.step % config.evaluate_every == 0:
+        evaluated = last or state.step % config.evaluate_every == 0
+        row |= watch.row(balance.update(applied), loads=evaluated)
+        if evaluated:
             beat("evaluation", state.step)
-            row["held_out_bpb"] = held_out()
+            row |= held_out(engine)
         recorder.log(row)
+        saver.poll()
+        if error := guard.too_many(state.step, applied):
+            saver.finish()  # what was begun while all was well
+            raise error
         if last or recorder.stop_requested or state.step % config.checkpoint_every == 0:
             beat("checkpoint", state.step)
-            checkpoint.save(job.folder / "checkpoints", engine, state, job.identity)
+            saver.save(state)  # goes on behind the next updates
+    saver.finish()
     beat("end", state.step)
     if metrics:
         metrics.close()
+    if state.step == config.steps:
+        at_end(engine)
     return state.step == config.steps
 
 
-def _check_finite(loss: torch.Tensor, step: int, batch: Batch) -> None:
-    if not torch.isfinite(loss):
-        raise NonFiniteLoss(
-            f"the loss of update {step + 1} is {loss.item()}; its documents are {', '.join(batch.document_ids())}"
-        )
+def _description(job: Job, model: Decoder) -> dict[str, Any]:
+    """What the checkpoints are of, for who finds them."""
+    return {
+        "model": model.config.model_dump(mode="json"),
+        "vocab_size": model.embedding.num_embeddings,
+        "slots": list(model.slots),
+        "train": job.config.model_dump(mode="json"),
+        "precision": job.precision,
+        "seed": job.seed,
+    }

@@ -1,6 +1,6 @@
 """What a training step minimises.
 
-    loss = sum of nll / T + z_weight * mean over mixture layers of z_loss
+    loss = sum of nll / T + what balances a mixture's routers (moe.train.balance)
 
 The sum is divided by the T tokens of the micro-batch, not by its labels, of which a cut document has one less: so
 every token weighs the same however the batch is spread over micro-batches and ranks.
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe.data.loader import IGNORED, Batch
 from moe.model import Output
+from moe.train.balance import Balance
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,11 @@ def token_weights(batch: Batch) -> Tensor:
     return torch.full((T,), 1 / T, device=batch.label_T.device)
 
 
-def next_token(output: Output, batch: Batch, z_loss_weight: float) -> LossParts:
+def next_token(output: Output, batch: Batch, balance: Balance) -> LossParts:
     """`output` is the model's with the batch's labels and weights."""
     tokens = output.loss
-    z_loss = tokens.loss.new_zeros(())
+    total, z_loss = tokens.loss, tokens.loss.new_zeros(())
     if output.routes:
-        z_loss = torch.stack([route.z_loss for route in output.routes]).mean()
-    total = tokens.loss + z_loss_weight * z_loss
-    return LossParts(total, tokens.nll_T.sum(), (batch.label_T != IGNORED).sum(), z_loss.detach())
+        routers = balance.loss(output.routes)
+        total, z_loss = total + routers.total, routers.z_loss
+    return LossParts(total, tokens.nll_T.sum(), (batch.label_T != IGNORED).sum(), z_loss)

@@ -1,5 +1,6 @@
 """One step's numbers, from all micro-batches and ranks to whoever listens."""
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moe.train import preemption
 from moe.train.engine import Engine
 from moe.train.flops import matmul_flops_per_s, training_flops_per_token
 from moe.train.objective import LossParts
@@ -14,6 +16,7 @@ from moe.train.telemetry import Metrics, peak_memory_bytes
 
 Report = Callable[[dict[str, Any]], bool]  # takes a row of metrics; True asks the job to stop at a checkpoint
 
+log = logging.getLogger(__name__)
 
 
 class Recorder:
@@ -30,6 +33,7 @@ class Recorder:
         peak = matmul_flops_per_s(engine.device, dtype) * engine.world_size
         self._step_flops_share = tokens_per_step * training_flops_per_token(engine.model) / peak
         self._asked_to_stop = False
+        self._alarm: str | None = None  # of the last row
 
     def start_step(self) -> None:
         self._started = time.perf_counter()
@@ -43,7 +47,7 @@ class Recorder:
 
     def end_step(self, step: int) -> dict[str, Any]:
         """The step's row, the same on all ranks but for what is timed. Every rank must call it."""
-        self._sums[4] = self._asked_to_stop
+        self._sums[4] = self._asked_to_stop or preemption.noticed()
         dist.all_reduce(self._sums)
         nll, labels, z_loss, micro_batches, requests = self._sums.tolist()
         self.stop_requested = requests > 0
@@ -61,5 +65,8 @@ class Recorder:
 
     def log(self, row: dict[str, Any]) -> None:
         if self._engine.rank == 0:
+            if (alarm := row.get("alarm")) and alarm != self._alarm:
+                log.warning("update %d: %s", row["step"], alarm)
+            self._alarm = alarm
             self._metrics.log(row)
             self._asked_to_stop = self._report(row)

@@ -1,6 +1,7 @@
 """What a training job says about itself: metrics.jsonl always, wandb where configured. Never a row of text."""
 
 import json
+import math
 import os
 import resource
 import sys
@@ -25,7 +26,9 @@ class Metrics:
         self._wandb = _wandb_run(path.parent, tracking, name) if tracking.wandb != "off" else None
 
     def log(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        # JSON has no word for what is no number.
+        told = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
+        self._file.write(json.dumps(told, allow_nan=False) + "\n")
         self._file.flush()
         if self._wandb:
             self._wandb.log(row, step=row["step"])
@@ -37,13 +40,14 @@ class Metrics:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line that a dying process left half-written is not one."""
+    """The rows of a metrics file, nan for null, without a last line that a dying process left half-written."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             break
+        rows.append({key: math.nan if value is None else value for key, value in row.items()})
     return rows
 
 

@@ -53,10 +53,10 @@ def free_port():
 
 
 @pytest.fixture(scope="session")
-def run_ranks(free_port):
-    """A function: run a script as so many ranks of a process group, each on one thread, to their end."""
+def start_ranks(free_port):
+    """A function: start a script as so many ranks of a process group, each on one thread; their processes, and logs."""
 
-    def run(world_size: int, script: Path, argument: Path, folder: Path) -> None:
+    def start(world_size: int, script: Path, argument: Path, folder: Path) -> tuple[list[subprocess.Popen], list[Path]]:
         common = {
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size),
             "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(folder / "extensions"), "PYTHONPATH": str(ROOT),
@@ -70,8 +70,19 @@ def run_ranks(free_port):
                     env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                     stdout=file, stderr=subprocess.STDOUT,
                 ))  # fmt: skip
+        return ranks, logs
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def run_ranks(start_ranks):
+    """A function: the same, to their end."""
+
+    def run(world_size: int, script: Path, argument: Path, folder: Path, seconds: float = RANK_SECONDS) -> None:
+        ranks, logs = start_ranks(world_size, script, argument, folder)
         try:
-            ends = [rank.wait(timeout=RANK_SECONDS) for rank in ranks]
+            ends = [rank.wait(timeout=seconds) for rank in ranks]
         finally:
             for rank in ranks:
                 rank.kill()

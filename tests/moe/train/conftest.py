@@ -1,12 +1,11 @@
 """One rank of training in this process, and a job small enough to train in it."""
 
-import socket
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
-from moe.config import TrackingConfig, TrainConfig
+from moe.config import BalanceConfig, TrackingConfig, TrainConfig
 from moe.data.loader import Loader, Source
 from moe.model import Decoder
 from moe.specialty.pack import open_slot
@@ -14,18 +13,6 @@ from moe.train.loop import Job
 from moe.train.loop import train as train_loop
 
 LENGTH = 16
-
-
-@pytest.fixture(scope="session")
-def free_port():
-    """A function: a port nobody listens at."""
-
-    def port() -> int:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return probe.getsockname()[1]
-
-    return port
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +81,7 @@ def job(tmp_path, train_config):
             identity="the job's inputs",
             config=train_config(**config),
             precision=precision,
-            z_loss_weight=1e-3,
+            balance=BalanceConfig(),
             seed=1,
             tracking=TrackingConfig(),
             deepspeed=deepspeed or {},
@@ -107,7 +94,7 @@ def job(tmp_path, train_config):
 def train(process_group, text):
     """A function: run a job from its newest checkpoint on; give whether it finished, and its rows."""
 
-    def run(job: Job, model: Decoder, stop_after: int | None = None, held_out=lambda: 1.0):
+    def run(job: Job, model: Decoder, stop_after: int | None = None, held_out=lambda forward: {"held_out_bpb": 1.0}):
         rows = []
 
         def report(row):

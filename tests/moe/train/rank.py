@@ -1,4 +1,4 @@
-"""One rank of test_ranks.py: do each task it is given, from the newest checkpoint in the task's folder on.
+"""One rank of test_ranks.py and test_parity.py: do each task it is given, from the newest checkpoint in its folder on.
 
     python tests/moe/train/rank.py TASKS.json       with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set
 """
@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from moe.config import ModelConfig, TrackingConfig, TrainConfig
+from moe.config import BalanceConfig, ModelConfig, TrackingConfig, TrainConfig
 from moe.data.loader import Loader, Source
 from moe.data.shards import PackedDocuments
 from moe.eval.bits import bits_per_byte
 from moe.model import Decoder
+from moe.parallel import Mesh
 from moe.specialty.pack import open_slot
 from moe.train import flops
 from moe.train.engine import connect
@@ -23,7 +24,10 @@ from moe.train.loop import Job, train
 
 def do(task: dict) -> None:
     config, sizes = TrainConfig(**task["train"]), ModelConfig(**task["model"])
-    model = Decoder(sizes, task["vocabulary"]).initialise(5)
+    mesh = Mesh.of(task.get("expert", 1))
+    model = Decoder(sizes, task["vocabulary"], mesh=mesh, exchange_chunks=task.get("chunks", 1)).initialise(5)
+    for router in model.routers():
+        router.table.data.mul_(20)  # clear choices, which roundings do not turn
     if task["kind"] == "pack":
         model = open_slot(model, 3)
         for number, layer in enumerate(model.layers):
@@ -36,11 +40,12 @@ def do(task: dict) -> None:
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
     )
-    job = Job("rank", Path(task["folder"]), "id", config, task["precision"], 1e-3, 1, TrackingConfig(), {})
+    balance = BalanceConfig(**task.get("balance", {}))
+    job = Job("rank", Path(task["folder"]), "id", config, task["precision"], balance, 1, TrackingConfig(), {})
     told_at = task["stop_after"] - 1  # a request is heard in the step after it
 
-    def held_out() -> float:
-        return bits_per_byte(model, text, None)
+    def held_out(forward) -> dict:
+        return {"held_out_bpb": bits_per_byte(model, text, None)}
 
     finished = train(job, model, loader, held_out, lambda row: row["step"] == told_at)
     assert finished == (told_at < 0)

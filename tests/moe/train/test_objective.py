@@ -4,15 +4,22 @@ import pytest
 import torch
 
 import kernels
+from moe.config import BalanceConfig
 from moe.data.loader import Batch
-from moe.train.objective import next_token
+from moe.train.balance import Balance
+from moe.train.objective import next_token, token_weights
+
+
+def of(model, batch, z_loss_weight=0.0):
+    """The model's output and its loss."""
+    output = model(batch.token_T, batch.documents, label_T=batch.label_T, weight_T=token_weights(batch))
+    return output, next_token(output, batch, Balance(model, BalanceConfig(method="none", z_loss_weight=z_loss_weight)))
 
 
 @torch.no_grad()
 def test_by_hand(make_model, make_batch):
     model, batch = make_model("pack"), make_batch(5, 9, 2)
-    output = model(batch.token_T, batch.documents)
-    loss = next_token(model, output, batch, z_loss_weight=0.5)
+    output, loss = of(model, batch, z_loss_weight=0.5)
     logits_TV = (output.hidden_TD @ model.embedding.weight.T).double()
     labelled = batch.label_T != kernels.IGNORED
     nll = -logits_TV.log_softmax(-1)[labelled, batch.label_T[labelled]].sum().item()
@@ -25,7 +32,7 @@ def test_by_hand(make_model, make_batch):
 
 def test_a_dense_model_has_no_router_loss(make_model, make_batch):
     model, batch = make_model(), make_batch(5, 9)
-    loss = next_token(model, model(batch.token_T, batch.documents), batch, z_loss_weight=0.5)
+    _, loss = of(model, batch, z_loss_weight=0.5)
     assert loss.z_loss.item() == 0 and loss.total.item() == pytest.approx(loss.nll_sum.item() / 14, rel=1e-6)
     assert loss.total.requires_grad and not loss.nll_sum.requires_grad
 
@@ -39,7 +46,7 @@ def test_the_gradient_does_not_depend_on_the_cut_into_micro_batches(make_model, 
     ]
 
     def gradients(batches):
-        losses = [next_token(model, model(b.token_T, b.documents), b, 0.0).total for b in batches]
+        losses = [of(model, batch)[1].total for batch in batches]
         return torch.autograd.grad(sum(losses) / len(losses), list(model.parameters()))
 
     for a, b in zip(gradients([whole]), gradients(parts), strict=True):

@@ -1,9 +1,6 @@
 """Two ranks are one rank: the same losses to rounding, and checkpoints that either writes and either reads."""
 
 import json
-import os
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -26,35 +23,8 @@ MODEL = dict(d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=24, con
 TOLERANCE = {"float32": (1e-6, 1e-5), "bfloat16": (2e-4, 4e-3)}
 
 
-def launch(world_size: int, tasks: list[dict], folder: Path, port: int) -> None:
-    """Do the tasks, one after another, on so many ranks."""
-    (folder / "tasks.json").write_text(json.dumps(tasks))
-    common = {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1",
-        "TORCH_EXTENSIONS_DIR": str(folder / "extensions"), "PYTHONPATH": str(SCRIPT.parents[3]),
-    }  # fmt: skip
-    logs = [folder / f"rank-{rank}-of-{world_size}.log" for rank in range(world_size)]
-    ranks = []
-    for rank, log in enumerate(logs):
-        with log.open("w") as file:
-            ranks.append(
-                subprocess.Popen(
-                    [sys.executable, str(SCRIPT), str(folder / "tasks.json")],
-                    env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                )
-            )
-    try:
-        ends = [rank.wait(timeout=120) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert ends == [0] * world_size, "\n".join(log.read_text()[-3000:] for log in logs)
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer, make_documents, free_port):
+def folder(tmp_path_factory, tokenizer, make_documents, run_ranks):
     """one/, two/: every job on that many ranks; one-two/, two-one/: begun on one number, finished on the other."""
     root = tmp_path_factory.mktemp("ranks")
     shards.write(root / "text", make_documents(80), tokenizer)
@@ -68,9 +38,13 @@ def folder(tmp_path_factory, tokenizer, make_documents, free_port):
             for job, (kind, precision, stage) in JOBS.items()
         ]  # fmt: skip
 
-    launch(1, tasks("one") + tasks("one-two", stop_after=2), root, free_port())
-    launch(2, tasks("two") + tasks("two-one", stop_after=2) + tasks("one-two"), root, free_port())
-    launch(1, tasks("two-one"), root, free_port())
+    for world_size, todo in (
+        (1, tasks("one") + tasks("one-two", stop_after=2)),
+        (2, tasks("two") + tasks("two-one", stop_after=2) + tasks("one-two")),
+        (1, tasks("two-one")),
+    ):
+        (root / "tasks.json").write_text(json.dumps(todo))
+        run_ranks(world_size, SCRIPT, root / "tasks.json", root)
     return root
 
 
