@@ -2,10 +2,11 @@
 
     runs/NAME/config.yaml          as resolved, defaults included
     runs/NAME/manifest.json        versions, commit, hash of the config
+    runs/NAME/tokenizer.json       trained on the first domain's text
     runs/NAME/stages/STAGE/        what a stage made; DONE when it is finished, with the hash of its inputs
     runs/NAME/packs/OWNER/         pack.safetensors, pack.json
-    runs/NAME/model/               the merged model in Hugging Face layout
-    runs/NAME/results.json, report.html
+    runs/NAME/model/               what all of it was for, in Hugging Face layout: the merged model, or a job's
+    runs/NAME/results.json, report.html (of a specialty run)
     runs/NAME/ray/                 what Ray Train keeps of its jobs, until the run ends
 """
 
@@ -36,7 +37,7 @@ class RunFolder:
 
     @property
     def tokenizer(self) -> Path:
-        return self.stage("data-public") / "tokenizer.json"
+        return self.path / "tokenizer.json"
 
     @property
     def anchor(self) -> Path:

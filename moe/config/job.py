@@ -60,8 +60,7 @@ class JobConfig(Section):
 
     def world_sizes(self) -> tuple[int, ...]:
         """Numbers of workers the job can run on, largest first."""
-        least = self.cluster.min_workers or self.cluster.workers
-        return tuple(n for n in range(self.cluster.workers, least - 1, -1) if self.train.fits(n))
+        return tuple(n for n in self.cluster.sizes(self.cluster.workers) if self.train.fits(n))
 
     @model_validator(mode="after")
     def _domains_fit(self) -> Self:

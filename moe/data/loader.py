@@ -1,13 +1,14 @@
 """The order in which training sees its text: a pure function of the data, the seed and a position.
 
-Documents are shuffled once an epoch, laid end to end and cut into sequences of L tokens; sequence i of a source
-is then a fixed range of tokens. A batch is the next `batch_size` sequences, whoever reads them: rank r of W takes
-the r-th of W equal parts. So the order does not depend on W, the state is one integer, and a jump costs nothing.
+Documents, those of several domains together, are shuffled once an epoch, laid end to end and cut into sequences of L
+tokens; sequence i of a source is then a fixed range of tokens. A batch is the next `batch_size` sequences, whoever
+reads them: rank r of W takes the r-th of W equal parts. So the order does not depend on W, the state is one integer,
+and a jump costs nothing.
 
 Where replay text is mixed in at share s, sequence k of the run is replayed when floor((k + 1) s) > floor(k s).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import floor
 
@@ -28,7 +29,7 @@ class Batch:
     token_T: Tensor  # int64
     label_T: Tensor  # int64: the next token of the same document, IGNORED where there is none
     documents: Documents  # where attention must stop; a cut document starts anew
-    origins: tuple[tuple[PackedDocuments, int], ...]  # of each piece: its folder, its number there
+    origins: tuple[tuple[PackedDocuments, int], ...]  # of each piece: its domain's folder, its number there
 
     def document_ids(self) -> list[str]:
         """The documents' ids in their source, so that an error can name them."""
@@ -51,11 +52,15 @@ class Piece:
 
 
 class Source:
-    """An endless sequence of training sequences from one folder of packed documents."""
+    """An endless sequence of training sequences from folders of packed documents, one for each domain: a domain has the
+    share of the tokens that its text is of all."""
 
-    def __init__(self, packed: PackedDocuments, length: int, seed: int):
-        self.packed, self.length, self.seed = packed, length, seed
-        self.per_epoch = max(1, packed.num_tokens // length)
+    def __init__(self, packed: PackedDocuments | Sequence[PackedDocuments], length: int, seed: int):
+        self.packed = (packed,) if isinstance(packed, PackedDocuments) else tuple(packed)
+        self.length, self.seed = length, seed
+        self.per_epoch = max(1, sum(folder.num_tokens for folder in self.packed) // length)
+        self._lengths = np.concatenate([folder.lengths for folder in self.packed])
+        self._firsts = np.cumsum([0, *(len(folder) for folder in self.packed)])  # each folder's first document
         self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def sequence(self, index: int) -> list[Piece]:
@@ -66,23 +71,28 @@ class Source:
         place = int(np.searchsorted(ends, position, side="right"))
         pieces = []
         while position < stop and place < len(order):
-            document, end = int(order[place]), int(ends[place])
-            start = end - int(self.packed.lengths[document])
+            folder, document, end = *self._origin(int(order[place])), int(ends[place])
+            start = end - int(folder.lengths[document])
             # One token more than the piece has: the label of its last one, where the document goes on.
-            tokens = self.packed.tokens(document, position - start, stop - start + 1).astype(np.int64)
+            tokens = folder.tokens(document, position - start, stop - start + 1).astype(np.int64)
             size = min(stop, end) - position
             labels = np.full(size, IGNORED, np.int64)
             labels[: len(tokens) - 1] = tokens[1:]
-            pieces.append(Piece((self.packed, document), tokens[:size], labels))
+            pieces.append(Piece((folder, document), tokens[:size], labels))
             position += size
             place += 1
         return pieces
 
+    def _origin(self, number: int) -> tuple[PackedDocuments, int]:
+        """The folder, and the number there, of a document counted through all folders."""
+        folder = int(np.searchsorted(self._firsts, number, side="right")) - 1
+        return self.packed[folder], number - int(self._firsts[folder])
+
     def _shuffled(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """This epoch's order of documents, and where each ends when they are laid end to end."""
         if self._epoch is None or self._epoch[0] != epoch:
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.packed))
-            self._epoch = epoch, order, np.cumsum(self.packed.lengths[order])
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self._lengths))
+            self._epoch = epoch, order, np.cumsum(self._lengths[order])
         return self._epoch[1], self._epoch[2]
 
 

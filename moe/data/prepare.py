@@ -1,22 +1,37 @@
-"""Prepare a domain's text for training: read, split, and pack it; for the public domain, train the tokenizer first."""
+"""Prepare a domain's text for training: read, split, and pack it; of the first domain, train the tokenizer before that.
+
+The first domain is a specialty run's public one, whose text also has a calibration split, or the first of a job's. A
+job that begins with another model's weights has that model's tokenizer.
+"""
 
 from typing import Any
 
-from moe.config import PUBLIC, SpecialtyConfig
+from moe.config import PUBLIC, DataConfig, JobConfig, RunConfig
 from moe.data import sources, tokenizer
 from moe.manifest import value_hash
 from moe.run_folder import RunFolder
 
 
-def prepare(config: SpecialtyConfig, run: RunFolder, domain: str) -> dict[str, Any]:
-    """Write stages/data-DOMAIN/{train,eval}, for the public domain also calibration and tokenizer.json.
+def domains(config: RunConfig) -> dict[str, DataConfig]:
+    """Where the text of each domain comes from, the first one first."""
+    if isinstance(config, JobConfig):
+        return config.domains
+    return {PUBLIC: config.public, **{name: owner.data for name, owner in config.owners.items()}}
 
-    Returns plain values: the hash of the packed splits and their counts. Reads no other owner's data."""
-    source = config.public if domain == PUBLIC else config.owners[domain].data
+
+def prepare(config: RunConfig, run: RunFolder, domain: str) -> dict[str, Any]:
+    """Write stages/data-DOMAIN/SPLIT for each split and, of the first domain, the run's tokenizer.json.
+
+    Returns plain values: the hash of the packed splits and their counts. Reads no other domain's data."""
+    sections = domains(config)
     folder = run.stage(f"data-{domain}")
-    splits = sources.read(domain, source, folder, config.run.seed)
-    if domain == PUBLIC:
-        made = tokenizer.train((row.text for row in splits["train"]), config.tokenizer.vocab_size)
+    calibration = domain == PUBLIC and not isinstance(config, JobConfig)
+    splits = sources.read(domain, sections[domain], folder, config.run.seed, calibration)
+    if domain == next(iter(sections)):
+        if isinstance(config, JobConfig) and config.upcycle:
+            made = tokenizer.load(config.upcycle.model / "tokenizer.json")
+        else:
+            made = tokenizer.train((row.text for row in splits["train"]), config.tokenizer.vocab_size)
         made.save(str(run.tokenizer))
     manifests = sources.pack(splits, folder, tokenizer.load(run.tokenizer))
     return {
@@ -28,3 +43,9 @@ def prepare(config: SpecialtyConfig, run: RunFolder, domain: str) -> dict[str, A
             for count in ("documents", "tokens", "bytes")
         },
     }
+
+
+def content(data: DataConfig) -> list[Any]:
+    """What a domain's text depends on: its section, and whether its files have changed since."""
+    files = [path.stat() for path in (*data.documents, *data.held_out)]
+    return [data.model_dump(mode="json"), [[file.st_size, file.st_mtime_ns] for file in files]]

@@ -7,7 +7,8 @@
     FOLDER/00000.ids.npy         str [documents]               its id in the source, for error messages
 
 A folder is written under a temporary name and renamed, so it is whole or absent. Opening it checks every file
-against the manifest and names the one that is damaged.
+against the manifest and names the one that is damaged. That reads it once, at 1.8 GB/s on a core with SHA instructions
+(November 2026): 30 billion tokens of four bytes take a process a minute, so the ranks of a job share it.
 """
 
 import hashlib
@@ -83,17 +84,19 @@ def write(
 class PackedDocuments:
     """Read-only view of a folder of shards; documents are numbered through all shards in order."""
 
-    def __init__(self, folder: Path, tokenizer_hash: str | None = None):
-        """Check the folder whole. Raises InputError naming the file that is missing or damaged, or the two
-        tokenizers where `tokenizer_hash` is given and is not the one that made these tokens."""
+    def __init__(self, folder: Path, tokenizer_hash: str | None = None, reader: int = 0, readers: int = 1):
+        """Check the folder whole; of several readers each hashes its part of the files, and all check their sizes.
+        Raises InputError naming the file that is missing or damaged, or the two tokenizers where `tokenizer_hash` is
+        given and is not the one that made these tokens."""
         self.folder = folder
         self.manifest = _read_manifest(folder)
         if tokenizer_hash not in (None, self.manifest["tokenizer"]):
             raise InputError(
                 f"{folder} was tokenized by {self.manifest['tokenizer'][:12]}: want tokenizer {tokenizer_hash[:12]}"
             )
-        for name, expected in self.manifest["files"].items():
-            _check_file(folder / name, expected)
+        largest_first = sorted(self.manifest["files"].items(), key=lambda file: -file[1]["bytes"])
+        for number, (name, expected) in enumerate(largest_first):
+            _check_file(folder / name, expected, by_hash=number % readers == reader)
         shards = range(self.manifest["shards"])
         self._tokens = [self._open(i, "tokens") for i in shards]
         self._bytes = np.concatenate([self._open(i, "bytes") for i in shards])
@@ -149,12 +152,12 @@ def _read_manifest(folder: Path) -> dict:
         raise InputError(f"packed documents {folder} cannot be read: {error}") from error
 
 
-def _check_file(path: Path, expected: dict) -> None:
+def _check_file(path: Path, expected: dict, by_hash: bool) -> None:
     size = path.stat().st_size if path.is_file() else None
     if size != expected["bytes"]:
         found = "it is missing" if size is None else f"it has {size} bytes"
         raise InputError(f"shard {path} is damaged: {found}, want {expected['bytes']} bytes")
-    if _sha256(path) != expected["sha256"]:
+    if by_hash and _sha256(path) != expected["sha256"]:
         raise InputError(f"shard {path} is damaged: its contents do not match the manifest's sha256")
 
 

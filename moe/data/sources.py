@@ -1,7 +1,7 @@
 """Documents of a domain, split into train, calibration and eval, whatever they come from.
 
-`calibration` exists for the public domain only: text on which packs are calibrated, kept apart from what the anchor
-is trained on and from what the result is measured on.
+`calibration` exists for a specialty run's public domain only: text on which packs are calibrated, kept apart from what
+the anchor is trained on and from what the result is measured on.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from pathlib import Path
 from pyarrow import ArrowException, parquet
 from tokenizers import Tokenizer
 
-from moe.config import PUBLIC, DataConfig
+from moe.config import DataConfig
 from moe.data import demonstration
 from moe.data.shards import Document, write
 from moe.errors import InputError
@@ -33,9 +33,12 @@ def check(name: str, config: DataConfig) -> None:
             raise InputError(f"{name}: {path} does not exist: want a file of documents")
 
 
-def read(name: str, config: DataConfig, folder: Path, seed: int) -> dict[str, list[Document]]:
+def read(
+    name: str, config: DataConfig, folder: Path, seed: int, calibration: bool = False
+) -> dict[str, list[Document]]:
     """The documents of each split, in a fixed order that has nothing to do with what they are about, so that the first
-    of them can stand for all. The demonstration corpus is first built in folder/corpus."""
+    of them can stand for all. `calibration` adds a split of that name. The demonstration corpus is first built in
+    folder/corpus."""
     if config.demonstration:
         corpus = folder / "corpus"
         shutil.rmtree(corpus, ignore_errors=True)
@@ -53,7 +56,7 @@ def read(name: str, config: DataConfig, folder: Path, seed: int) -> dict[str, li
         else:
             train, held_out = _split(train, "eval", config.held_out_share)
     splits = {"train": train, "eval": held_out}
-    if name == PUBLIC:
+    if calibration:
         splits["train"], splits["calibration"] = _split(train, "calibration", config.held_out_share)
     for split, rows in splits.items():
         if not rows:

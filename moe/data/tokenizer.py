@@ -1,4 +1,5 @@
-"""The byte-level BPE tokenizer. It is part of the anchor, so it is trained on public text only.
+"""The byte-level BPE tokenizer. In a specialty run it is part of the anchor, so it is trained on public text only; in
+an ordinary job it is trained on the first domain's.
 
 Every document becomes  <|bos|> tokens <|eos|>. Digits are single tokens, so that codes and measurements are
 spelled the same way everywhere.
@@ -37,8 +38,8 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() != vocab_size:
         raise InputError(
-            f"tokenizer.vocab_size={vocab_size}: the public text yields only {tokenizer.get_vocab_size()} tokens; "
-            "want a smaller vocabulary or more text"
+            f"tokenizer.vocab_size={vocab_size}: the text it learns from yields only {tokenizer.get_vocab_size()} "
+            "tokens; want a smaller vocabulary or more text"
         )
     return _as_text_only(tokenizer)
 

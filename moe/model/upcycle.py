@@ -2,11 +2,12 @@
 
 With `reinitialise` 0 (sparse upcycling, arXiv:2212.05055) the mixture computes what the dense model did, because a
 token's weights sum to 1. Equal experts have little reason to become different, so drop-upcycling (arXiv:2502.19261
-section 3) draws a share of every expert's hidden channels anew, other ones in each: gate and up rows and down columns of
-the same channels, from a normal distribution with mean and standard deviation of the weights they replace, each of the
-three matrices for itself.
+section 3) draws a share of every expert's hidden channels anew, others in each expert: their rows of gate and up, their
+columns of down, from normal distributions with the mean and the standard deviation of the weights that are replaced in
+each of the three matrices.
 
-What an expert is does not depend on which rank holds it. E experts, F hidden channels, D width.
+Each expert is drawn from a stream of its own, so that it does not matter which rank holds it.
+F hidden channels, D width.
 """
 
 import torch
@@ -22,12 +23,12 @@ FREE = {"context_length", "mixture", "num_slots", "top_k"}  # of a model's secti
 
 
 @torch.no_grad()
-def upcycle(dense: Decoder, config: ModelConfig, vocab_size: int, reinitialise: float, seed: int, mesh: Mesh = Mesh(),
+def upcycle(dense: Decoder, config: ModelConfig, vocab_size: int, reinitialise: float, seed: int, mesh: Mesh,
             exchange_chunks: int = 1) -> Decoder:
     """The mixture that `config` describes, in float32 on the CPU. Raises InputError where the dense model does not fit
     it, and names everything that differs."""
     assert config.mixture and config.mixture.weights_sum_to_one and not config.mixture.shared_d_ff, "the config checks"
-    _check(dense, config, vocab_size)
+    check(dense, config, vocab_size)
     model = Decoder(config, vocab_size, mesh=mesh, exchange_chunks=exchange_chunks)
     weights = dict(dense.named_parameters())
     for name, parameter in model.named_parameters():
@@ -53,15 +54,16 @@ def _draw_anew(experts: Experts, place: int, num_channels: int, generator: torch
         weight_FD[channels] = old.mean() + old.std() * torch.randn(old.shape, generator=generator)
 
 
-def _check(dense: Decoder, config: ModelConfig, vocab_size: int) -> None:
+def check(dense: Decoder, config: ModelConfig, vocab_size: int) -> None:
+    """Needs no weights."""
     if dense.config.mixture or dense.slots:
-        raise InputError("upcycle.model is a mixture already: want a dense model, such as the anchor of a specialty run")
+        raise InputError("upcycle.model is a mixture already: want a dense model, such as a specialty run's anchor")
     its, wanted = (section.model_dump(exclude=FREE) for section in (dense.config, config))
     sizes = {f"model.{key}": (its[key], wanted[key]) for key in wanted}
     sizes["model.mixture.d_ff"] = dense.config.d_ff, config.mixture.d_ff
     sizes["tokenizer.vocab_size"] = dense.embedding.num_embeddings, vocab_size
     wrong = [f"{key}={mine} (it has {its})" for key, (its, mine) in sizes.items() if its != mine]
     if wrong:
-        raise InputError(f"upcycle.model does not fit {', '.join(wrong)}: want a dense model of the same sizes, or those "
-                         "keys as it has them")
+        raise InputError(f"upcycle.model does not fit {', '.join(wrong)}: want those keys as the model has them, or a "
+                         "dense model that is as they say")
 

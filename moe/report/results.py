@@ -53,9 +53,9 @@ def write_results(
             "share_by_layer": {domain: figures["share_by_layer"] for domain, figures in domains.items()},
         },
         "throughput": {
-            "anchor": _throughput(run, "anchor", config.cluster.anchor_workers),
+            "anchor": throughput(run, "anchor", config.cluster.anchor_workers),
             **{
-                f"pack-{owner}": _throughput(run, f"pack-{owner}", config.cluster.owner_workers)
+                f"pack-{owner}": throughput(run, f"pack-{owner}", config.cluster.owner_workers)
                 for owner in config.owners
             },
         },
@@ -69,7 +69,7 @@ def _pick(figures: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: figures[name] for name in names}
 
 
-def _throughput(run: RunFolder, stage: str, world_size: int) -> dict[str, float]:
+def throughput(run: RunFolder, stage: str, world_size: int) -> dict[str, float]:
     rows = read(run.stage(stage) / "metrics.jsonl")
     steady = rows[WARM_UP_STEPS:] or rows
     return {

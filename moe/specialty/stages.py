@@ -2,16 +2,17 @@
 run's folder and a `report`, and use the process group that stands.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from moe.config import PUBLIC, SpecialtyConfig, TrainConfig
+from moe.config import PUBLIC, BalanceConfig, SpecialtyConfig, TrainConfig
 from moe.data import tokenizer
 from moe.data.loader import Batch, Loader, Source, whole_documents
 from moe.data.shards import PackedDocuments
-from moe.eval.bits import TOKENS_PER_BATCH, bits_per_byte
+from moe.eval.bits import TOKENS_PER_BATCH, Forward, bits_per_byte
 from moe.hf import folder as model_folder
 from moe.hf.folder import ModelFolder
 from moe.manifest import value_hash
@@ -21,11 +22,19 @@ from moe.specialty.pack import Pack, open_slot
 from moe.specialty.triage import fit_router
 from moe.train.loop import Job, train
 from moe.train.recorder import Report
+from moe.train.watchdog import Beat, no_watchdog
 
 HELD_OUT_TOKENS = 16384  # of the evaluations during training; the last one of a run measures all of the text
 
 
-def train_anchor(config: SpecialtyConfig, run: RunFolder, identity: str, device: torch.device, report: Report) -> bool:
+def train_anchor(
+    config: SpecialtyConfig,
+    run: RunFolder,
+    identity: str,
+    device: torch.device,
+    report: Report,
+    beat: Beat = no_watchdog,
+) -> bool:
     """Pretrain the dense anchor on public text and write stages/anchor/model; False when it stopped before its end.
 
     Every rank of the job must call it."""
@@ -33,8 +42,8 @@ def train_anchor(config: SpecialtyConfig, run: RunFolder, identity: str, device:
     model = Decoder(config.model, tokens.get_vocab_size()).initialise(config.run.seed).to(device)
     own = _open(run, PUBLIC, "train", tokens)
     loader = _loader(config, config.anchor, own)
-    job = _job(config, run, "anchor", identity, config.anchor, z_loss_weight=0.0)
-    if not train(job, model, loader, _held_out(model, _open(run, PUBLIC, "eval", tokens)), report):
+    job = _job(config, run, "anchor", identity, config.anchor)
+    if not train(job, model, loader, _held_out(model, _open(run, PUBLIC, "eval", tokens), beat), report, beat=beat):
         return False
     if dist.get_rank() == 0:
         model_folder.save(run.anchor, ModelFolder(model.cpu(), tokens))
@@ -43,7 +52,13 @@ def train_anchor(config: SpecialtyConfig, run: RunFolder, identity: str, device:
 
 
 def train_pack(
-    config: SpecialtyConfig, run: RunFolder, owner: str, identity: str, device: torch.device, report: Report
+    config: SpecialtyConfig,
+    run: RunFolder,
+    owner: str,
+    identity: str,
+    device: torch.device,
+    report: Report,
+    beat: Beat = no_watchdog,
 ) -> bool:
     """Train an owner's pack on its own documents and public replay; write packs/OWNER; False when it stopped early.
 
@@ -76,7 +91,7 @@ def train_pack(
 
     loader = _loader(config, config.pack.train, train_text, replay=public)
     job = _job(config, run, f"pack-{owner}", identity, config.pack.train, config.pack.z_loss_weight)
-    if not train(job, model, loader, _held_out(model, held_out), report, before_update=fit):
+    if not train(job, model, loader, _held_out(model, held_out, beat), report, before_update=fit, beat=beat):
         return False
     if dist.get_rank() == 0:
         fit_router(model, own_sample, public_sample, calibration, config.calibration.rho)
@@ -94,8 +109,11 @@ def _batches(config: SpecialtyConfig, packed: PackedDocuments, limit: int) -> It
     return (b for b, _ in whole_documents(packed, config.model.context_length, TOKENS_PER_BATCH, limit))
 
 
-def _held_out(model: Decoder, packed: PackedDocuments):
-    return lambda: bits_per_byte(model, packed, HELD_OUT_TOKENS)
+def _held_out(model: Decoder, packed: PackedDocuments, beat: Beat) -> Callable[[Forward], dict[str, Any]]:
+    def held_out(forward: Forward) -> dict[str, Any]:
+        return {"held_out_bpb": bits_per_byte(model, packed, HELD_OUT_TOKENS, observe=lambda _: beat("evaluation"))}
+
+    return held_out
 
 
 def _loader(
@@ -114,7 +132,7 @@ def _loader(
 
 
 def _job(
-    config: SpecialtyConfig, run: RunFolder, stage: str, identity: str, section: TrainConfig, z_loss_weight: float
+    config: SpecialtyConfig, run: RunFolder, stage: str, identity: str, section: TrainConfig, z_loss_weight: float = 0.0
 ) -> Job:
     return Job(
         name=f"{config.run.name}/{stage}",
@@ -122,7 +140,7 @@ def _job(
         identity=identity,
         config=section,
         precision=config.run.precision,
-        z_loss_weight=z_loss_weight,
+        balance=BalanceConfig(method="none", z_loss_weight=z_loss_weight),
         seed=config.run.seed,
         tracking=config.tracking,
         deepspeed=config.deepspeed,

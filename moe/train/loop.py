@@ -89,6 +89,8 @@ def train(
         last = state.step == config.steps
         evaluated = last or state.step % config.evaluate_every == 0
         row |= watch.row(balance.update(applied), loads=evaluated)
+        if saver.pending:  # behind this update
+            row["save_stop_s"] = saver.stop_s
         if evaluated:
             beat("evaluation", state.step)
             row |= held_out(engine)

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from copy import copy
@@ -61,12 +62,14 @@ class Saver:
         self._about = {"identity": identity, "world_size": engine.world_size, "description": description}
         self._plan: Plan | None = None
         self._pending: _Pending | None = None
+        self.stop_s = 0.0  # for which the last save stopped the training
         if engine.rank == 0:  # nobody writes before the first exchange with rank 0
             for path in folder.glob(".step-*"):
                 shutil.rmtree(path, ignore_errors=True)
 
     def save(self, state: State) -> None:
         """Begin to write the engine's state; on return it may change. Finishes what is pending first."""
+        began = time.perf_counter()
         self.finish()
         pieces = self._engine.pieces()
         if self._plan is None:
@@ -74,6 +77,12 @@ class Saver:
         tensors = snapshot(self._plan, pieces, self._engine)
         path = self._partial(state) / shard_name(self._engine.rank, self._engine.world_size)
         self._pending = _Pending(copy(state), _in_thread(lambda: write_shard(path, tensors)))
+        self.stop_s = time.perf_counter() - began
+
+    @property
+    def pending(self) -> bool:
+        """Whether a save goes on. The same on all ranks."""
+        return self._pending is not None
 
     def poll(self) -> None:
         """Go on with what is pending, if anything is; waits for no disk. Raises SaveFailed, on all ranks."""

@@ -43,6 +43,33 @@ def flat(taken):
 # --- a source
 
 
+@pytest.fixture
+def domains(packed, make_documents):
+    """Folders of three domains of very different sizes, one of them in several shards."""
+    return [packed(make_documents(count, seed), f"domain{seed}", tokens_per_shard=200)
+            for seed, count in enumerate((40, 3, 15))]
+
+
+def test_several_domains_are_shuffled_as_one_text(domains, packed, make_documents):
+    rows = [row for seed, count in enumerate((40, 3, 15)) for row in make_documents(count, seed)]
+    apart, together = Source(domains, LENGTH, 1), Source(packed(rows), LENGTH, 1)
+    assert apart.per_epoch == together.per_epoch > 20
+    for index in range(2 * together.per_epoch):
+        for a, b in zip(apart.sequence(index), together.sequence(index), strict=True):
+            assert a.tokens.tolist() == b.tokens.tolist() and a.labels.tolist() == b.labels.tolist()
+            assert a.origin[0].document_id(a.origin[1]) == b.origin[0].document_id(b.origin[1])
+
+
+def test_each_piece_of_several_domains_says_where_it_is_from(domains):
+    (batch,) = Loader(Source(domains, LENGTH, 1), 40, 40).micro_batches()
+    assert {folder for folder, _ in batch.origins} == set(domains)
+    edges = batch.documents.boundaries
+    for (folder, document), start, stop in zip(batch.origins, edges, edges[1:], strict=False):
+        whole, part = folder.tokens(document).tolist(), batch.token_T[start:stop].tolist()
+        assert any(whole[n : n + len(part)] == part for n in range(len(whole)))
+
+
+
 @pytest.mark.parametrize("length", [
     pytest.param(1, id="one-token-sequences"),
     pytest.param(7, id="documents-cut"),

@@ -1,4 +1,4 @@
-"""Preparing a domain: the tokenizer comes from public text only, and a second run makes the same bytes."""
+"""Preparing a domain: the tokenizer comes from the first domain only, and a second run makes the same bytes."""
 
 import json
 
@@ -27,6 +27,11 @@ def config(values, make_documents, tmp_path):
 
 
 @pytest.fixture
+def train(values):
+    return values["anchor"]
+
+
+@pytest.fixture
 def make_run(tmp_path):
     """A function: a run's folder, with the stage's own, which the job graph makes."""
 
@@ -41,7 +46,7 @@ def make_run(tmp_path):
 def test_domains_are_packed_with_the_public_tokenizer(config, make_run):
     run = make_run()
     public, billing = prepare(config, run, "public"), prepare(config, run, "billing")
-    texts = [row.text for row in sources.read("public", config.public, run.path, config.run.seed)["train"]]
+    texts = [row.text for row in sources.read("public", config.public, run.path, config.run.seed, True)["train"]]
     made = identity(tokenizers.load(run.tokenizer))
     assert made == identity(tokenizers.train(texts, 280)) == public["tokenizer"] == billing["tokenizer"]
     for domain, outputs, splits in (("public", public, "train calibration eval"), ("billing", billing, "train eval")):
@@ -50,6 +55,22 @@ def test_domains_are_packed_with_the_public_tokenizer(config, make_run):
             assert outputs[f"{split}_documents"] == len(opened) and outputs[f"{split}_tokens"] == opened.num_tokens
     assert public["train_documents"] + public["calibration_documents"] == 200 and public["eval_documents"] == 40
     assert "calibration_documents" not in billing
+
+
+@pytest.mark.parametrize("first", ["billing", "public"])
+def test_the_first_domain_of_a_job_trains_the_tokenizer_and_nothing_is_set_apart(config, make_run, train, first):
+    data = {"public": config.public, "billing": config.owners["billing"].data}
+    others = data.keys() - {first}
+    values = config.model_dump(mode="json", include={"run", "tokenizer", "model"})
+    domains = {name: data[name].model_dump(mode="json") for name in (first, *others)}
+    job = check(values | {"train": train, "domains": domains})
+    run = make_run()
+    with pytest.raises(InputError, match="tokenizer .* does not exist"):
+        prepare(job, run, *others)
+    outputs = [prepare(job, run, name) for name in job.domains]
+    texts = [row.text for row in sources.read(first, data[first], run.path, config.run.seed)["train"]]
+    assert {found["tokenizer"] for found in outputs} == {identity(tokenizers.train(texts, 280))}
+    assert not any("calibration_documents" in found for found in outputs)
 
 
 def test_again_gives_the_same_hash_and_other_text_another(config, make_run):
@@ -70,5 +91,5 @@ def test_an_owner_is_prepared_without_the_text_of_others(config, make_run, tmp_p
 
 
 def test_an_owner_before_the_public_text_is_refused(config, make_run):
-    with pytest.raises(InputError, match="tokenizer .*data-public.*does not exist"):
+    with pytest.raises(InputError, match="tokenizer .*run/tokenizer.json does not exist"):
         prepare(config, make_run(), "billing")

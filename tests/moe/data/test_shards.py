@@ -115,6 +115,23 @@ def test_a_damaged_file_is_named(packed, make_documents, part, damage):
         PackedDocuments(folder)
 
 
+@pytest.mark.parametrize("readers", [1, 2, 4, 20])
+def test_readers_share_the_hashing_and_one_of_them_finds_it(packed, make_documents, readers):
+    folder = packed(make_documents(30), tokens_per_shard=100).folder
+    files = [path for path in folder.iterdir() if path.name != "manifest.json"]
+    for path in files:
+        flip_last_bit(path)
+        found = []
+        for reader in range(readers):
+            try:
+                PackedDocuments(folder, None, reader, readers)
+            except InputError as error:
+                found.append(str(error))
+        flip_last_bit(path)
+        assert len(found) == 1 and f"shard {path} is damaged" in found[0]
+    assert len(files) > 8
+
+
 @pytest.mark.parametrize(
     "damage",
     [truncate, lambda path: path.unlink(), lambda path: path.write_text("{}")],

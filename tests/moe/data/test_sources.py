@@ -30,8 +30,8 @@ def write(tmp_path):
     return file
 
 
-def read(tmp_path, name="billing", seed=1, **config):
-    return sources.read(name, DataConfig(**config), tmp_path, seed)
+def read(tmp_path, name="billing", seed=1, calibration=False, **config):
+    return sources.read(name, DataConfig(**config), tmp_path, seed, calibration)
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
@@ -132,7 +132,7 @@ def test_about_the_share_is_held_out(tmp_path, share):
 @pytest.mark.parametrize("share", [0.08, 0.4])
 def test_calibration_of_public_is_apart_from_training_and_eval(tmp_path, share):
     """For every kind of source: what a split is taken out of may itself be one end of the hash's range."""
-    public = read(tmp_path, "public", noise_documents=200, held_out_share=share)
+    public = read(tmp_path, "public", calibration=True, noise_documents=200, held_out_share=share)
     owner = read(tmp_path, "billing", noise_documents=200, held_out_share=share)
     assert set(public) == {"train", "calibration", "eval"} and set(owner) == {"train", "eval"}
     documents = [document for split in public.values() for document in split]

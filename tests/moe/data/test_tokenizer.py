@@ -58,7 +58,7 @@ def test_a_saved_tokenizer_is_the_same_one(tokenizer, tmp_path):
 
 
 def test_too_little_text_is_refused(tokenizer):
-    with pytest.raises(InputError, match="tokenizer.vocab_size=500: the public text yields only 26[0-9] tokens"):
+    with pytest.raises(InputError, match="tokenizer.vocab_size=500: .* yields only 26[0-9] tokens"):
         train(["a few words"], 500)
 
 

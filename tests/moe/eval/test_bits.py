@@ -1,6 +1,7 @@
 """Bits per byte by hand: of a model that knows nothing, and of one that is asked token by token."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,3 +50,30 @@ def test_every_batch_is_shown(make_anchor, packed, make_documents, monkeypatch):
     bits_per_byte(decoder, text, None, lambda output: seen.append(output.hidden_TD.shape[0]))
     assert len(seen) > 2 and sum(seen) == text.num_tokens - len(text)
     assert all(parameter.grad is None for parameter in decoder.parameters())
+
+
+@pytest.mark.parametrize("world_size", [3, 5, 20])
+def test_all_ranks_call_the_model_as_often_and_count_each_batch_once(
+    make_anchor, packed, make_documents, monkeypatch, world_size
+):  # fmt: skip
+    """Where experts or weights are spread over ranks, one that stays away would leave the others waiting."""
+    decoder, text = make_anchor().decoder, packed(make_documents(30))
+    monkeypatch.setattr(bits, "TOKENS_PER_BATCH", 64)
+    alone = bits.count_bits(decoder, text, None)
+    calls, shown, counted = [], [], []
+    for rank in range(world_size):
+        ranks = SimpleNamespace(is_initialized=lambda: True, get_rank=lambda rank=rank: rank, all_reduce=lambda _: None,
+                                get_world_size=lambda: world_size)
+        monkeypatch.setattr(bits, "dist", ranks)
+        seen, asked = [], []
+
+        def forward(*batch, asked=asked):
+            asked.append(batch)
+            return decoder(*batch)
+
+        counted.append(bits.count_bits(decoder, text, None, seen.append, forward))
+        calls.append(len(asked))
+        shown.append(len(seen))
+    assert len(set(calls)) == 1 and sum(shown) < world_size * calls[0]  # the last round is not full
+    assert sum(own.num_bytes for own in counted) == alone.num_bytes == text.manifest["bytes"]
+    assert sum(own.total for own in counted) == pytest.approx(alone.total, rel=1e-6)

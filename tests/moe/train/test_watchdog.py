@@ -21,7 +21,7 @@ def rank_process(folder, body, rank=0):
         import sys, threading, time
         from pathlib import Path
         from moe.train import watchdog
-        watchdog.START_SECONDS, watchdog.GRACE_SECONDS = 9, 0.1
+        watchdog.START_SECONDS, watchdog.GRACE_SECONDS = 60, 0.1
 
         def stuck():
             time.sleep(60)
@@ -38,7 +38,7 @@ def rank_process(folder, body, rank=0):
     indent = " " * 16
     code = textwrap.dedent(code.replace("BODY", textwrap.indent(textwrap.dedent(body).strip(), indent).strip()))
     return subprocess.run(
-        [sys.executable, "-c", code, str(folder), str(rank)], cwd=ROOT, capture_output=True, text=True, timeout=30
+        [sys.executable, "-c", code, str(folder), str(rank)], cwd=ROOT, capture_output=True, text=True, timeout=20
     )
 
 
@@ -70,8 +70,16 @@ def test_a_rank_that_makes_progress_is_left_alone(tmp_path):
 
 
 def test_after_it_nothing_goes_off(tmp_path):
-    end = rank_process(tmp_path, "dog.beat('x', 7); dog.beat('x', 8); dog.__exit__(); time.sleep(0.8); dog.__enter__()")
+    end = rank_process(tmp_path, """
+        dog.beat("micro-batch 0", 7)
+        dog.beat("micro-batch 0", 8)
+        dog.__exit__()
+        other = open(sys.argv[1] + "/other", "w")  # where the file of the stacks was open
+        time.sleep(0.8)
+        dog.__enter__()
+    """)  # fmt: skip
     assert end.returncode == 0 and end.stdout == "done\n", end.stderr
+    assert (tmp_path / "other").read_text() == ""
 
 
 def test_the_first_update_may_take_longer(tmp_path):

@@ -1,0 +1,120 @@
+"""The training of a job, as each of its ranks runs it. It knows no launcher: it takes the config, the run's folder and
+a `report`, and uses the process group that stands.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tokenizers import Tokenizer
+
+from moe.config import JobConfig
+from moe.data import tokenizer
+from moe.data.loader import Loader, Source
+from moe.eval.bits import Forward
+from moe.hf import folder as model_folder
+from moe.hf.from_checkpoint import model_of
+from moe.job import stages
+from moe.job.measure import measure
+from moe.job.text import open_split
+from moe.model import Decoder
+from moe.model.upcycle import upcycle
+from moe.parallel import Mesh
+from moe.run_folder import RunFolder
+from moe.train import checkpoint
+from moe.train.loop import Job, train
+from moe.train.recorder import Report
+from moe.train.watchdog import Beat, no_watchdog
+
+HELD_OUT_TOKENS = 16384  # of each domain, in the evaluations during training
+
+
+def train_job(
+    config: JobConfig,
+    run: RunFolder,
+    identity: str,
+    device: torch.device,
+    report: Report,
+    beat: Beat = no_watchdog,
+) -> bool:
+    """Train, measure, and write runs/NAME/model and the figures; False when it stopped before its end.
+
+    Every rank of the job must call it. Where all updates are done already, it only measures and writes."""
+    tokens = tokenizer.load(run.tokenizer)
+    model = build(config, tokens.get_vocab_size()).to(device)
+    texts = {split: open_split(run, list(config.domains), split, tokenizer.identity(tokens), device)
+             for split in ("train", "eval")}
+    loader = Loader(
+        Source(list(texts["train"].values()), config.model.context_length, config.run.seed),
+        config.train.batch_size,
+        config.train.micro_batch_size,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+    )
+
+    def figures(forward: Forward, max_tokens: int | None) -> dict[str, Any]:
+        return measure(model, forward, texts["eval"], max_tokens, observe=lambda _: beat("evaluation"))
+
+    def held_out(forward: Forward) -> dict[str, Any]:
+        found = figures(forward, HELD_OUT_TOKENS)
+        row = {"held_out_bpb": found["bpb"], "domains": {name: own["bpb"] for name, own in found["domains"].items()}}
+        return row | {"share": found["routing"]["share"]} if "routing" in found else row
+
+    def at_end(forward: Forward) -> None:
+        found = figures(forward, config.evaluation.tokens) | {"world_size": dist.get_world_size()}
+        if dist.get_rank() == 0:
+            _write(stages.figures(config, run), found)
+
+    if not train(_job(config, run, identity), model, loader, held_out, report, beat=beat, at_end=at_end):
+        return False
+    if dist.get_rank() == 0:
+        save(config, run, tokens)
+    dist.barrier()
+    return True
+
+
+def build(config: JobConfig, vocab_size: int) -> Decoder:
+    """The model before its first update, of which this rank has what the mesh gives it. Every rank must call it."""
+    parallel = config.parallel
+    mesh = Mesh.of(parallel.expert_size(dist.get_world_size()), parallel.across_nodes)
+    if not config.upcycle:
+        model = Decoder(config.model, vocab_size, mesh=mesh, exchange_chunks=parallel.exchange_chunks)
+        return model.initialise(config.run.seed)
+    dense = model_folder.load(config.upcycle.model).decoder
+    return upcycle(dense, config.model, vocab_size, config.upcycle.reinitialise, config.run.seed, mesh,
+                   parallel.exchange_chunks)
+
+
+def save(config: JobConfig, run: RunFolder, tokens: Tokenizer) -> None:
+    """Write the trained model, in the run's precision, out of the last checkpoint, where it is whole."""
+    last = checkpoint.open_checkpoint(checkpoint.newest(run.stage(stages.TRAIN) / "checkpoints"))
+    assert last.state.step == config.train.steps, f"{last.path} is not of the last update"
+    model_folder.save(run.model, model_of(last, config.model, tokens, getattr(torch, config.run.precision)))
+
+
+def read_figures(config: JobConfig, run: RunFolder) -> dict[str, Any]:
+    """What `train_job` has measured."""
+    return json.loads(stages.figures(config, run).read_text())
+
+
+def _job(config: JobConfig, run: RunFolder, identity: str) -> Job:
+    return Job(
+        name=f"{config.run.name}/{stages.TRAIN}",
+        folder=run.stage(stages.TRAIN),
+        identity=identity,
+        config=config.train,
+        precision=config.run.precision,
+        balance=config.balance,
+        seed=config.run.seed,
+        tracking=config.tracking,
+        deepspeed=config.deepspeed,
+    )
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(values, indent=1) + "\n")
+    os.replace(temporary, path)

@@ -1,0 +1,66 @@
+"""What a stage's folder says of it, so that a finished stage is not run again and a stopped one goes on.
+
+    INPUTS   hash of the stage's settings and of the outputs of the stages it needs: what lies in the folder is of these
+    SPENT    seconds of all its runs so far
+    DONE     when it is finished: the same hash, its outputs, its seconds
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from moe.manifest import value_hash
+
+Outputs = dict[str, Any]  # plain values
+
+
+def inputs_hash(name: str, settings: Any, needed: Mapping[str, Outputs]) -> str:
+    """Of everything that determines what a stage makes: plain values, and the outputs of the stages it needs."""
+    return value_hash([name, settings, dict(needed)])
+
+
+def run(folder: Path, inputs: str, work: Callable[[], Outputs], tell: Callable[[float], None]) -> Outputs:
+    """Do a stage's work in its folder, which loses first what is of other inputs. `tell` hears the seconds spent,
+    however the work ends."""
+    own(folder, inputs)
+    started = time.time()
+    earlier = _read(folder / "SPENT") or 0.0  # seconds of runs that were stopped
+    try:
+        outputs = work()
+    finally:
+        seconds = earlier + time.time() - started
+        tell(seconds)
+        _write(folder / "SPENT", seconds)
+    _write(folder / "DONE", {"inputs": inputs, "outputs": outputs, "seconds": seconds})
+    return outputs
+
+
+def own(folder: Path, inputs: str) -> None:
+    """Keep what an interrupted run of the same inputs has left, and nothing else."""
+    if _read(folder / "INPUTS") != inputs:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        _write(folder / "INPUTS", inputs)
+
+
+def done(folder: Path) -> dict[str, Any] | None:
+    """What DONE says; None where there is none, or none that a stage has written."""
+    mark = _read(folder / "DONE")
+    return mark if isinstance(mark, dict) and mark.keys() == {"inputs", "outputs", "seconds"} else None
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _write(path: Path, value: Any) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(value, indent=1))
+    os.replace(temporary, path)

@@ -1,0 +1,98 @@
+"""A whole job under torchrun, as a user starts it: told to go at an update, gone on with by fewer ranks, and refused
+where a shard is damaged."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from moe.config_file import load
+from moe.data.shards import PackedDocuments
+from moe.eval.bits import bits_per_byte
+from moe.hf import folder as model_folder
+from moe.run_folder import RunFolder
+from moe.train import checkpoint
+from moe.train.telemetry import read
+
+ROOT = Path(__file__).parents[3]
+TIMEOUT = 120  # seconds a run may take on a busy machine; a quiet one needs 6
+
+
+def start(ranks: int, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m",
+               "moe.job", *arguments]  # fmt: skip
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen) -> str:
+    try:
+        return process.communicate(timeout=TIMEOUT)[0]
+    finally:
+        process.kill()
+
+
+def wait_for_update(run: RunFolder, process: subprocess.Popen, update: int) -> None:
+    metrics, deadline = run.stage("train") / "metrics.jsonl", time.monotonic() + TIMEOUT
+    while not metrics.is_file() or not any(row["step"] >= update for row in read(metrics)):
+        assert process.poll() is None and time.monotonic() < deadline, finish(process)
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def job(make_job):
+    """The config's file, the run's folder, and what was said when a rank was told to go at its third update."""
+    path = make_job()
+    run = RunFolder(load(path).run.path)
+    process = start(2, str(path))
+    wait_for_update(run, process, 3)
+    os.kill(json.loads((run.stage("train") / "ranks/rank-1.json").read_text())["pid"], signal.SIGTERM)
+    return path, run, finish(process)
+
+
+@pytest.fixture(scope="module")
+def finished(job):
+    """What was said when one rank went on with it."""
+    path, run, _ = job
+    return finish(start(1, str(path), "--resume"))
+
+
+def test_a_rank_that_is_told_to_go_stops_the_job_at_a_checkpoint(job):
+    path, run, said = job
+    assert "told to go (SIGTERM), stopped at a checkpoint; the same command with --resume goes on from there" in said
+    assert "exitcode  : 75" in said
+    saved = checkpoint.open_checkpoint(checkpoint.newest(run.stage("train") / "checkpoints"))
+    assert 3 <= saved.state.step < 40 and saved.manifest["world_size"] == 2
+
+
+def test_another_number_of_ranks_goes_on_and_writes_model_and_results(job, finished):
+    path, run, _ = job
+    config, results = load(path), json.loads(run.results.read_text())
+    assert "preparing text" not in finished and "all" in finished and str(run.results) in finished
+    assert [row["step"] for row in read(run.stage("train") / "metrics.jsonl")] == list(range(1, 41))
+    assert results["throughput"]["train"]["world_size"] == 1 and results["wall_s"].keys() == {
+        "data-first", "data-second", "train"}  # fmt: skip
+    shares = results["routing"]["share"]
+    assert shares.keys() == {"first", "second"} == results["domains"].keys()
+    assert all(sum(layer) == pytest.approx(1, abs=1e-3) for domain in shares.values() for layer in domain)
+    model = model_folder.load(run.model)
+    assert model.decoder.config == config.model
+    for name, figures in results["domains"].items():  # what was written is what was measured
+        held_out = PackedDocuments(run.shards(name, "eval"))
+        assert bits_per_byte(model.decoder, held_out, None) == pytest.approx(figures["bpb"], rel=1e-5)
+
+
+def test_what_is_to_be_measured_anew_is_refused_where_a_shard_is_damaged(job, finished):
+    path, run, _ = job
+    shard = run.shards("second", "train") / "00000.tokens.npy"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    said = finish(start(2, str(path), "--resume", "evaluation.tokens=500"))
+    assert f"wrong input: shard {shard} is damaged" in said and said.count("wrong input") == 1
+    assert "exitcode  : 2" in said
