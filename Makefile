@@ -7,7 +7,7 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_CONSTRAINT := constraints.txt
 
-.PHONY: train test install clean
+.PHONY: train test test-faults install clean
 
 train: $(INSTALLED)
 	$(VENV)/bin/polyclinic train $(CONFIG) $(ARGS)
@@ -15,6 +15,10 @@ train: $(INSTALLED)
 test: $(INSTALLED)
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+# All that tests/faults does to a run; FAULT_TABLE names a file for rows of fault, lost updates, seconds to recover.
+test-faults: $(INSTALLED)
+	POLYCLINIC_FAULT_TABLE=$(FAULT_TABLE) $(VENV)/bin/python -m pytest tests/faults -m '' -v $(ARGS)
 
 install: $(INSTALLED)
 

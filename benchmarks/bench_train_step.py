@@ -28,12 +28,13 @@ from benchmarks import command, harness
 from benchmarks.against import against
 from benchmarks.harness import NotAvailable, Point, Provider, Step
 from benchmarks.tables import Row, table
-from moe.config import ModelConfig
+from moe.config import BalanceConfig, ModelConfig
 from moe.data.loader import IGNORED, Batch
 from moe.model import Decoder
 from moe.train import allocator
+from moe.train.balance import Balance
 from moe.train.flops import training_flops_per_token
-from moe.train.objective import next_token
+from moe.train.objective import next_token, token_weights
 
 LETTERS = "BLDFMHGEKV"
 SHAPES = {
@@ -138,8 +139,11 @@ def providers(point: Point) -> list[Provider]:
 def ours(point: Point, backend: str) -> TrainStep:
     model, batch = decoder_of(point).cast(point.dtype).to(point.device), batch_of(point)
 
+    balance = Balance(model, BalanceConfig(method="none", z_loss_weight=0.0))
+
     def loss() -> tuple[Tensor]:
-        return (next_token(model, model(batch.token_T, batch.documents), batch, z_loss_weight=0.0).total,)
+        output = model(batch.token_T, batch.documents, label_T=batch.label_T, weight_T=token_weights(batch))
+        return (next_token(output, batch, balance).total,)
 
     first, last = model.layers[0], model.layers[-1]
     leaves = (model.embedding.weight, first.attention.q_proj.weight, first.ffn.router.table, last.ffn.experts.w_down)

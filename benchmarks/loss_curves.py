@@ -22,14 +22,15 @@ from torch import Tensor
 
 from benchmarks import harness
 from benchmarks.records import record
-from moe.config import PUBLIC, SpecialtyConfig
+from moe.config import PUBLIC, BalanceConfig, SpecialtyConfig
 from moe.config_file import load
 from moe.data import tokenizer
 from moe.data.loader import Loader, Source
 from moe.data.shards import PackedDocuments
 from moe.model import Decoder
 from moe.run_folder import RunFolder
-from moe.train.objective import next_token
+from moe.train.balance import Balance
+from moe.train.objective import next_token, token_weights
 from moe.train.schedule import warmup_cosine
 
 RESULTS = Path(__file__).parent / "results"
@@ -73,12 +74,14 @@ def train(config: SpecialtyConfig, run: RunFolder, name: str, dtype: torch.dtype
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: warmup_cosine(step, steps, WARMUP_STEPS, section.final_learning_rate_share))
     text = PackedDocuments(run.shards(PUBLIC, "train"), tokenizer.identity(tokens))
+    balance = Balance(model, BalanceConfig(method="none", z_loss_weight=Z_LOSS_WEIGHT))
     loader = Loader(Source(text, config.model.context_length, config.run.seed), BATCH_SIZE, BATCH_SIZE)
     for _ in range(steps):
         (batch,) = loader.micro_batches()
         batch = batch.to(torch.device(device))
         with harness.forced(name):
-            parts = next_token(model, model(batch.token_T, batch.documents), batch, Z_LOSS_WEIGHT)
+            output = model(batch.token_T, batch.documents, label_T=batch.label_T, weight_T=token_weights(batch))
+            parts = next_token(output, batch, balance)
             parts.total.backward()
         update(masters, model, optimizer, section.clip)
         schedule.step()

@@ -1,4 +1,6 @@
-"""The `polyclinic` command. Exit status: 0 done, 1 a failure, 2 a wrong input, 130 stopped on request."""
+"""The `polyclinic` command. Exit status: 0 done, 1 a failure, 2 a wrong input, 75 stopped because the machine is going
+away (SIGTERM): to be run again with --resume, 130 stopped on request.
+"""
 
 import json
 import os
@@ -9,11 +11,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from launch.graph import RunFailed, Stopped
+from launch import checkpoint_cli
+from launch.graph import Preempted, RunFailed, Stopped
 from moe.errors import InputError
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
-FAILED, WRONG_INPUT, STOPPED = 1, 2, 130
+app.add_typer(checkpoint_cli.app, name="checkpoint")
+FAILED, WRONG_INPUT, PREEMPTED, STOPPED = 1, 2, 75, 130  # 75 is EX_TEMPFAIL of sysexits.h: run me again
 
 
 class StoppedAtOnce(Exception):
@@ -31,9 +35,11 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as anchor.steps=100.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
 ) -> None:
-    """Train what CONFIG describes: an anchor, the owners' packs, their merge, and its measurement.
+    """Train what CONFIG describes: a specialty run (an anchor, the owners' packs, their merge, and its measurement) or
+    one ordinary training job, dense or a mixture.
 
-    Example: polyclinic train configs/quickstart.yaml run.name=first anchor.steps=100
+    Examples: polyclinic train configs/quickstart.yaml run.name=first anchor.steps=100;
+    polyclinic train configs/mixture-tiny.yaml train.steps=100
     """
     from launch.train import train as run_training
 
@@ -97,6 +103,9 @@ def main() -> None:
     except InputError as error:
         _say(f"wrong input: {error}")
         raise SystemExit(WRONG_INPUT) from None
+    except Preempted:
+        _say("told to go (SIGTERM), stopped at a checkpoint; the same command with --resume goes on from there")
+        raise SystemExit(PREEMPTED) from None
     except Stopped:
         _say("stopped at a checkpoint; the same command with --resume goes on from there")
         raise SystemExit(STOPPED) from None

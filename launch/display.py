@@ -30,7 +30,9 @@ class Display:
         """`steps` gives the number of updates of each training stage."""
         self._console, self._title, self._steps = console, title, steps
         self._started, self._last_line = time.time(), 0.0
+        self._alarm: dict[str, str | None] = {}  # what each stage's last row had
         self._first_seen: dict[str, tuple[float, int]] = {}  # when a stage's first row came, and its step
+        self._last_step: dict[str, int] = {}
         self._live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
         self.message = ""
 
@@ -43,10 +45,21 @@ class Display:
         if self._live:
             self._live.stop()
 
+    def say(self, sentence: str) -> None:
+        """Show a sentence that stays."""
+        line = f"[{_clock(time.time() - self._started)}] {sentence}"
+        self._console.print(line, soft_wrap=True, highlight=False, markup=False)
+
     def update(self, progress: Progress, rows: dict[str, dict[str, Any]], last: bool = False) -> None:
         """`rows` holds each training stage's newest metrics."""
         for stage, row in rows.items():
+            if row["step"] < self._last_step.get(stage, 0):  # it has gone on from an earlier update
+                del self._first_seen[stage]
             self._first_seen.setdefault(stage, (time.time(), row["step"]))
+            self._last_step[stage] = row["step"]
+            if (alarm := row.get("alarm")) and alarm != self._alarm.get(stage):  # a row has it as long as it lasts
+                self.say(f"{stage}: {alarm}")
+            self._alarm[stage] = alarm
         if self._live:
             footer = Text(f" {self.message}" if self.message else f" {NOTICE}", style="dim")
             self._live.update(Group(self._table(progress, rows), footer), refresh=last)

@@ -5,24 +5,23 @@ stages/NAME/DONE when it has finished; a stage whose hash stands there is not ru
 changed starts from an empty folder.
 """
 
-import json
-import os
-import shutil
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe.manifest import value_hash
-
-Outputs = dict[str, Any]  # plain values
+from moe import stage_folder
+from moe.stage_folder import Outputs
 
 
 class Stopped(Exception):
     """A stage ended at a checkpoint because the user asked for it."""
+
+
+class Preempted(Stopped):
+    """The same, where it was the machine that asked (SIGTERM): whoever runs it is to run it again."""
 
 
 class RunFailed(RuntimeError):
@@ -82,7 +81,7 @@ class Graph:
 
     def _run(self, stage: Stage, needed: Mapping[str, Future]) -> Outputs:
         folder, progress = self.folder(stage.name), self.progress
-        done = _read_mark(folder)
+        done = stage_folder.done(folder)
         if not done:
             stage.prepare()
         for name, future in needed.items():
@@ -90,7 +89,8 @@ class Graph:
                 if not done:
                     stage.abandon()
                 raise Skipped(f"{stage.name} needs {name}, which has not finished")
-        inputs = value_hash([stage.name, stage.settings, {name: f.result() for name, f in needed.items()}])
+        given = {name: future.result() for name, future in needed.items()}
+        inputs = stage_folder.inputs_hash(stage.name, stage.settings, given)
         if done and done["inputs"] == inputs and all(path.exists() for path in stage.makes):
             progress.state[stage.name], progress.seconds[stage.name] = "kept", done["seconds"]
             progress.outputs[stage.name] = done["outputs"]
@@ -99,43 +99,9 @@ class Graph:
             if not done:
                 stage.abandon()
             raise Stopped
-        _own_folder(folder, inputs)
         progress.state[stage.name] = "running"
-        started = time.time()
-        earlier = _read_json(folder / "SPENT") or 0.0  # seconds of runs that were stopped
-        try:
-            outputs = stage.run(inputs)
-        finally:
-            seconds = earlier + time.time() - started
-            progress.seconds[stage.name] = seconds
-            _write_json(folder / "SPENT", seconds)
-        _write_json(folder / "DONE", {"inputs": inputs, "outputs": outputs, "seconds": seconds})
+        outputs = stage_folder.run(
+            folder, inputs, lambda: stage.run(inputs), lambda spent: progress.seconds.update({stage.name: spent})
+        )
         progress.state[stage.name], progress.outputs[stage.name] = "done", outputs
         return outputs
-
-
-def _own_folder(folder: Path, inputs: str) -> None:
-    """Keep what an interrupted run of the same inputs has left, and nothing else."""
-    if _read_json(folder / "INPUTS") != inputs:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        _write_json(folder / "INPUTS", inputs)
-
-
-def _read_mark(folder: Path) -> dict[str, Any] | None:
-    """What DONE says; None where there is none, or none that a stage has written."""
-    done = _read_json(folder / "DONE")
-    return done if isinstance(done, dict) and done.keys() == {"inputs", "outputs", "seconds"} else None
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(value, indent=1))
-    os.replace(temporary, path)

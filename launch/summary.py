@@ -5,11 +5,15 @@ import json
 from rich.console import Console
 from rich.table import Table
 
+from moe.job import results as job_results
 from moe.run_folder import RunFolder
 
 
 def show(run: RunFolder, console: Console) -> None:
     results = json.loads(run.results.read_text())
+    if results.get("kind") == "job":
+        _show_job(run, console)
+        return
     public, optout = results["public"], results["optout"]
     table = Table(title="held-out bits per byte", title_justify="left")
     table.add_column("text")
@@ -30,6 +34,18 @@ def show(run: RunFolder, console: Console) -> None:
     plain = "would differ" if optout["plain_router_differs"] else "would not have differed here"
     console.print(f"opt-out: {optout['subsets']} subsets of owners, {exact}; a router without stable slots {plain}")
     console.print(f"results {run.results}\nreport  {run.report}\nmodel   {run.model}")
+    console.print("Not for clinical use.", style="dim")
+
+
+def _show_job(run: RunFolder, console: Console) -> None:
+    table = Table("domain", title_justify="left")
+    for name in ("training tokens", "held-out bits per byte"):
+        table.add_column(name, justify="right")
+    for row in job_results.table(run):
+        table.add_row(*row)
+    console.print(table)
+    for note in job_results.notes(run):
+        console.print(note, soft_wrap=True, highlight=False, markup=False)
     console.print("Not for clinical use.", style="dim")
 
 

@@ -4,44 +4,69 @@ Each imports what it needs when it runs: torch alone takes seconds, and preparin
 """
 
 import os
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from launch.board import Reporter, wait_for_job
-from moe.config import PUBLIC
+from moe.config import PUBLIC, JobConfig
 from moe.config_file import check
 from moe.errors import InputError
 from moe.run_folder import RunFolder
 
+PEER_SECONDS = 1.0  # for which a rank that has lost another keeps quiet
+
 
 def train_rank(settings: dict[str, Any]) -> None:
-    """One rank of a Ray Train job. Everything that needs no inputs is done before they exist."""
+    """One rank of a gang. Everything that needs no inputs is done before they exist."""
     import torch
+    import torch.distributed as dist
     from ray.train.torch import get_device
 
     from kernels import backend
+    from moe.job.train import train_job
     from moe.specialty import stages
+    from moe.train import preemption
     from moe.train.engine import connect
+    from moe.train.watchdog import Watchdog
 
     if not torch.cuda.is_available():
         torch.set_num_threads(settings["threads"])
     connect()
-    stage, board = settings["stage"], settings["board"]
+    stage, attempt, board = settings["stage"], settings["attempt"], settings["board"]
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    ray.get(board.arrive.remote(stage, attempt, rank, ray.get_runtime_context().get_node_id()))
     if (job := wait_for_job(board, stage)) is None:
+        if preemption.noticed():
+            ray.get(board.end.remote(stage, attempt, preempted(rank)))
         return
-    config, run, report = check(job["config"]), RunFolder(Path(job["run"])), Reporter(board, stage)
+    config, run, report = check(job["config"]), RunFolder(Path(job["run"])), Reporter(board, stage, attempt)
     backend.force(config.run.backend)
     try:
-        if stage == "anchor":
-            finished = stages.train_anchor(config, run, job["identity"], get_device(), report)
-        else:
-            finished = stages.train_pack(config, run, job["owner"], job["identity"], get_device(), report)
-        ending = "finished" if finished else "stopped"
+        with Watchdog(run.stage(stage) / "ranks", rank, world_size, config.cluster.hang_seconds) as watchdog:
+            given = (job["identity"], get_device(), report, watchdog.beat)
+            if isinstance(config, JobConfig):
+                finished = train_job(config, run, *given)
+            elif stage == "anchor":
+                finished = stages.train_anchor(config, run, *given)
+            else:
+                finished = stages.train_pack(config, run, job["owner"], *given)
     except InputError as error:
-        ending = f"refused: {error}"  # not raised: Ray would start the job again, and the input stays wrong
-    ray.get(board.end.remote(stage, ending))
+        ray.get(board.end.remote(stage, attempt, f"refused: {error}"))
+        raise  # or the other ranks would wait for this one
+    except RuntimeError:
+        # Where this rank has only lost another one, that one's end is to be seen first: it is the story.
+        time.sleep(PEER_SECONDS * (world_size > 1))
+        raise
+    ending = "finished" if finished else preempted(rank) if preemption.noticed() else "stopped"
+    ray.get(board.end.remote(stage, attempt, ending))
+
+
+def preempted(rank: int) -> str:
+    return f"preempted: rank {rank} on {socket.gethostname()}"
 
 
 @ray.remote(num_cpus=0, max_calls=1)

@@ -10,7 +10,7 @@ import yaml
 
 from launch import cli
 from launch import train as launch_train
-from launch.graph import Progress, RunFailed, Skipped, Stopped
+from launch.graph import Preempted, Progress, RunFailed, Skipped, Stopped
 from launch.session import Capacity
 from moe.config_file import load
 from moe.data.demonstration import packages
@@ -116,6 +116,7 @@ def test_there_must_be_something_to_resume(polyclinic, no_cluster, config_file, 
     [
         pytest.param(InputError("x=3: want 4"), 2, "wrong input: x=3: want 4", id="wrong-input"),
         pytest.param(RunFailed("stage anchor failed: boom"), 1, "stage anchor failed: boom", id="failure"),
+        pytest.param(Preempted(), 75, "told to go (SIGTERM), stopped at a checkpoint", id="told-to-go"),
         pytest.param(Stopped(), 130, "--resume goes on", id="stopped-at-a-checkpoint"),
         pytest.param(KeyboardInterrupt(), 130, "stopped at once", id="stopped-at-once"),
     ],

@@ -56,6 +56,26 @@ def test_a_time_that_cannot_be_told_is_not_promised(clock):
     assert " left" not in file.getvalue()
 
 
+def test_what_is_done_again_is_not_counted_as_slowness(clock):
+    """After a restart from an earlier checkpoint the estimate begins anew."""
+    view, file = shown()
+    with view:
+        for step, seconds in ((3, 0), (5, 20), (4, 1000), (5, 10)):
+            clock.now += seconds
+            view.update(progress(anchor="running"), {"anchor": {**ROW, "step": step}}, last=True)
+    lefts = [line.partition("tokens/s")[2] for line in file.getvalue().splitlines()]
+    assert lefts == ["", ", 0:50 left", "", ", 0:50 left"]  # 2 steps in 20 s, then 1 in 10
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_has_happened_is_said_and_stays(clock, terminal):
+    view, file = shown(terminal)
+    with view:
+        clock.now += 65
+        view.say("anchor: rank 1 on [node] died; going on from update 100")
+    assert "[1:05] anchor: rank 1 on [node] died; going on from update 100" in file.getvalue()
+
+
 def test_lines_come_now_and_then(clock):
     view, file = shown()
     with view:
@@ -115,3 +135,13 @@ def test_every_state_of_the_graph_has_a_style():
 @pytest.mark.parametrize("seconds, want", [(0, "0:00"), (59.9, "0:59"), (60, "1:00"), (3725, "62:05")])
 def test_minutes_and_seconds(seconds, want):
     assert display._clock(seconds) == want
+
+
+def test_an_alarm_is_said_once_while_it_lasts(clock):
+    view, file = shown(steps={"train": 10})
+    with view:
+        for step, alarm in enumerate([None, "layer 1 has collapsed", "layer 1 has collapsed", None, "layer 2 too"]):
+            row = {**ROW, "step": step} | ({"alarm": alarm} if alarm else {})
+            view.update(progress(train="running"), {"train": row})
+    said = [line for line in file.getvalue().splitlines() if "layer" in line]
+    assert [line.partition("] ")[2] for line in said] == ["train: layer 1 has collapsed", "train: layer 2 too"]

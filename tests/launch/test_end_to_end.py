@@ -103,7 +103,8 @@ def first(clinic):
 
 def test_a_run_leaves_what_it_promises(first):
     made = {path.name for path in first.iterdir()}
-    assert made == {"config.yaml", "manifest.json", "stages", "packs", "model", "results.json", "report.html"}
+    assert made == {"config.yaml", "manifest.json", "tokenizer.json", "stages", "packs", "model", "results.json",
+                    "report.html"}  # fmt: skip
     assert {path.name for path in (first / "model").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
     assert [row["step"] for row in read(first / "stages/anchor/metrics.jsonl")] == list(range(1, 151))
     figures = results(first)

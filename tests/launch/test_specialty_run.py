@@ -1,14 +1,11 @@
 """The stages of a specialty run: what each depends on, so that a change reruns what it must and nothing of others."""
 
-import threading
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-from launch import specialty_run
+from launch import jobs
 from launch.session import Capacity
-from launch.specialty_run import Room, SpecialtyRun
+from launch.specialty_run import SpecialtyRun
 from moe.config_file import load
 from moe.run_folder import RunFolder
 from moe.specialty.pack import Pack
@@ -17,7 +14,7 @@ from moe.specialty.pack import Pack
 @pytest.fixture
 def make_run(config_file, tmp_path, monkeypatch):
     """A function: the run that the config with these overrides describes, on no cluster."""
-    monkeypatch.setattr(specialty_run, "Board", SimpleNamespace(remote=lambda: None))
+    monkeypatch.setattr(jobs, "put_up", lambda: None)
 
     def run(*overrides):
         capacity = Capacity(workers=4, use_gpu=False, local=True, device="none")
@@ -66,7 +63,10 @@ DATA = ["data-public", "data-billing", "data-radiology"]
         pytest.param("calibration.rho=0.2", PACKS, id="calibration"),
         pytest.param("run.precision=bfloat16", ANCHOR + PACKS, id="precision"),
         pytest.param("run.backend=reference", ANCHOR + PACKS + MEASURES, id="backend"),
-        pytest.param("deepspeed.wall_clock_breakdown=true", ANCHOR + PACKS, id="deepspeed"),
+        pytest.param("deepspeed.wall_clock_breakdown=true", [], id="deepspeed"),
+        pytest.param("anchor.zero_stage=2", [], id="how-the-state-is-shared"),
+        pytest.param("pack.train.recompute_layers=true", [], id="what-is-computed-again"),
+        pytest.param("pack.train.checkpoint_every=2", [], id="when-to-save"),
         pytest.param("evaluation.tokens=99", MEASURES, id="evaluation"),
         pytest.param("run.seed=2", DATA + ANCHOR + PACKS, id="seed"),
         pytest.param("cluster.max_failures=3", [], id="restarts"),
@@ -99,7 +99,7 @@ def test_what_a_stage_leaves_for_others_is_what_it_is_held_to(make_run):
 def pack_outputs(make_run, slot, anchor_hash="h0"):
     """What the stage of a pack that holds the same tensors gives to the merge."""
     run = make_run(f"owners.billing.slot={slot}")
-    run._launch = run._train = lambda *_: None
+    run.jobs.train = lambda *_, **more: None
     Pack("billing", slot, anchor_hash, {"layers.0.row": torch.ones(3)}, {}).save(run.run.pack("billing"))
     (stage,) = (stage for stage in run.stages() if stage.name == "pack-billing")
     return stage.run("inputs")
@@ -113,32 +113,3 @@ def test_a_pack_in_another_slot_is_merged_again(make_run):
 
 def test_updates_of_each_training_stage_are_known(make_run):
     assert make_run("anchor.steps=9").steps() == {"anchor": 9, "pack-billing": 2, "pack-radiology": 2}
-
-
-def test_jobs_wait_until_there_is_room_for_all_of_their_workers():
-    room, inside, most = Room(4), [], []
-    lock = threading.Lock()
-
-    def work(workers):
-        with room.take(workers):
-            with lock:
-                inside.append(workers)
-                most.append(sum(inside))
-            threading.Event().wait(0.01)
-            with lock:
-                inside.remove(workers)
-
-    threads = [threading.Thread(target=work, args=(workers,)) for workers in (3, 2, 2, 4, 1, 3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=10)
-    assert not any(thread.is_alive() for thread in threads) and len(most) == 6 and max(most) <= 4
-
-
-def test_room_is_given_back_by_a_job_that_fails():
-    room = Room(2)
-    with pytest.raises(RuntimeError), room.take(2):
-        raise RuntimeError("boom")
-    with room.take(2):
-        pass

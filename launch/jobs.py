@@ -1,0 +1,78 @@
+"""The training jobs of a run on one connected cluster: each is a gang, and all share its room and one board."""
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from queue import SimpleQueue
+from typing import Any
+
+import ray
+
+from launch import trainer
+from launch.board import put_up
+from launch.gang import Gang
+from launch.room import Label, Room, nodes
+from launch.session import Capacity
+from launch.worker import train_rank
+from moe.config import RunConfig
+from moe.run_folder import RunFolder
+
+
+class Jobs:
+    def __init__(self, config: RunConfig, run: RunFolder, capacity: Capacity):
+        # Ray's processes have working directories of their own.
+        self.run, self.values = RunFolder(run.path.resolve()), config.with_absolute_paths().model_dump(mode="json")
+        self._cluster, self._capacity = config.cluster, capacity
+        self._board = put_up()
+        self._look = partial(nodes, capacity.use_gpu)
+        self._room, self._said = Room(self._look), SimpleQueue()
+        self._gangs: dict[str, Gang] = {}
+
+    def gang(self, stage: str, sizes: Sequence[int], jobs: int = 1, label: Label | None = None) -> Gang:
+        """Of a stage that can run on so many workers, largest first, beside others of so many `jobs`."""
+        capacity = self._capacity
+
+        def fit(attempt: int, size: int) -> None:
+            threads = max(1, len(os.sched_getaffinity(0)) // (size * jobs)) if capacity.local else 1
+            trainer.fit(
+                train_rank,
+                {"stage": stage, "attempt": attempt, "board": self._board, "threads": threads},
+                size,
+                name=f"{stage}-{attempt}",
+                folder=self.run.ray,
+                use_gpu=capacity.use_gpu,
+                hang_seconds=self._cluster.hang_seconds,
+                label=label,
+            )
+
+        self._gangs[stage] = Gang(
+            stage,
+            self.run.stage(stage),
+            sizes,
+            self._cluster,
+            fit=fit,
+            board=self._board,
+            room=self._room,
+            look=self._look,
+            say=self._said.put,
+            label=label,
+        )
+        return self._gangs[stage]
+
+    def train(self, stage: str, inputs: str, **more: Any) -> None:
+        """Give a stage's gang its job and wait for its end; see Gang.run. `inputs` is the hash that is its identity."""
+        self._gangs[stage].run({"config": self.values, "run": str(self.run.path), "identity": inputs, **more})
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """The newest metrics of each training stage."""
+        return ray.get(self._board.rows.remote())
+
+    def stop(self) -> None:
+        """Ask all training stages to stop at a checkpoint."""
+        for gang in self._gangs.values():
+            gang.stop()
+        ray.get(self._board.stop.remote())
+
+    def news(self) -> list[str]:
+        """What has happened to the jobs since the last call, each in a sentence."""
+        return [self._said.get() for _ in range(self._said.qsize())]

@@ -1,0 +1,74 @@
+"""One attempt of a gang as a Ray Train job: its workers side by side on as few nodes as hold them."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from launch.room import Label
+from moe.train import preemption
+from moe.train.watchdog import GRACE_SECONDS, START_SECONDS
+
+
+class _GangBackend(TorchConfig().backend_cls):
+    """What Ray does in the main thread of each worker before and after the training, which has a thread of its own."""
+
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        worker_group.execute(preemption.watch)
+        super().on_start(worker_group, backend_config)
+
+    def on_shutdown(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        """Nothing: the processes end now, and leaving the process group in order would wait for a rank that hangs."""
+
+
+@dataclass
+class GangTorchConfig(TorchConfig):
+    @property
+    def backend_cls(self) -> type:
+        return _GangBackend
+
+
+def collective_seconds(hang_seconds: float) -> int:
+    """The process group's limit: the watchdog, which says where it hangs, is to be first."""
+    return int(hang_seconds + START_SECONDS + GRACE_SECONDS) + 60
+
+
+def fit(
+    train_rank: Callable[[dict[str, Any]], None],
+    settings: dict[str, Any],
+    size: int,
+    *,
+    name: str,
+    folder: Path,
+    use_gpu: bool,
+    hang_seconds: float,
+    label: Label | None = None,
+) -> None:
+    """Run `train_rank(settings)` in `size` workers to their end; raises Ray's error of the first that fails.
+
+    Nothing is tried again: that is for the gang to decide, who knows which sizes are left."""
+    TorchTrainer(
+        train_rank,
+        train_loop_config=settings,
+        torch_config=GangTorchConfig(
+            backend="nccl" if use_gpu else "gloo", timeout_s=collective_seconds(hang_seconds)
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=size,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": 1, "GPU": 1} if use_gpu else {"CPU": 1},
+            placement_strategy="PACK",  # Ray numbers the ranks node by node
+            label_selector=dict([label]) if label else None,
+        ),
+        run_config=RunConfig(
+            # Ray continues a run whose name it knows; ours continue from our own checkpoints.
+            name=f"{name}-{time.time_ns()}",
+            storage_path=str(folder.resolve()),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    ).fit()

@@ -1,0 +1,281 @@
+"""A gang: which size it starts with, what it does after each kind of end, and when it gives up. No Ray is started."""
+
+import json
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from launch import gang as gang_module
+from launch import room as room_module
+from launch.failure import Failure
+from launch.gang import Gang
+from launch.graph import RunFailed, Stopped
+from launch.room import Node, Room
+from moe.config import ClusterConfig
+from moe.errors import InputError
+
+KILLED = Failure("rank 1 on host died", machine=True)
+RAISED = Failure("rank 0 on host raised ValueError: boom", machine=False)
+NO_ROOM = Failure("the workers could not be placed", machine=True, no_room=True)
+
+
+class Board:
+    """In this process what the actor is in its own."""
+
+    def __init__(self):
+        self.endings, self.asked, self.placed = {}, threading.Event(), {}
+
+    def __getattr__(self, method):
+        answer = {
+            "post": lambda stage, job: None,
+            "ending": lambda stage, attempt: self.endings.get(attempt, ""),
+            "places": lambda stage, attempt: self.placed,
+            "ask": lambda stage, attempt: self.asked.set(),
+        }[method]
+        return SimpleNamespace(remote=answer)
+
+
+class Clinic:
+    """A gang of sizes 4, 2 and 1 on nodes of one slot each, whose attempts end as the test says.
+
+    Each end is an ending told to the board, a Failure, or a function that gives one of them; it may save a checkpoint
+    with `save`, change `nodes`, or call `gang.stop`."""
+
+    def __init__(self, folder, nodes, sizes=(4, 2, 1), **config):
+        self.folder, self.board, self.said, self.sizes = folder, Board(), [], []
+        self.nodes = [Node(str(n), f"host-{n}", 1) for n in range(nodes)]
+        self.ends = []
+        look = lambda sure=False: list(self.nodes)  # noqa: E731
+        self.gang = Gang(
+            "train", folder, sizes, ClusterConfig(**config), fit=self.fit, board=self.board, room=Room(look), look=look,
+            say=self.said.append,
+        )  # fmt: skip
+
+    def fit(self, attempt, size):
+        self.sizes.append(size)
+        end = self.ends.pop(0)
+        end = end() if callable(end) else end
+        if isinstance(end, Failure):
+            raise Ended(end)
+        self.board.endings[attempt] = end
+
+    def run(self, *ends):
+        self.ends = list(ends)
+        self.gang.run({"config": {}})
+        assert not self.ends, "it ended before"
+
+    def save(self, step, end):
+        """An attempt that writes a checkpoint before it ends so."""
+
+        def attempt():
+            (self.folder / f"checkpoints/step-{step:08}").mkdir(parents=True)
+            return end
+
+        return attempt
+
+    def events(self):
+        rows = map(json.loads, (self.folder / "events.jsonl").read_text().splitlines())
+        return [(row["event"], row["size"], row["step"]) for row in rows]
+
+
+class Ended(Exception):
+    def __init__(self, failure):
+        self.failure = failure
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch):
+    monkeypatch.setattr(gang_module, "ray", SimpleNamespace(get=lambda value: value))
+    monkeypatch.setattr(gang_module, "explain", lambda error, ranks, size, homeless: error.failure)
+    monkeypatch.setattr(gang_module, "POLL_SECONDS", 0.005)
+    monkeypatch.setattr(gang_module, "GROW_SECONDS", 0.02)
+    monkeypatch.setattr(room_module, "POLL_SECONDS", 0.005)
+
+
+@pytest.fixture
+def clinic(tmp_path):
+    """A function: a gang on so many nodes."""
+    return lambda nodes=4, **config: Clinic(tmp_path, nodes, **config)
+
+
+def test_a_job_that_ends_well_runs_once_at_the_largest_size_there_is_room_for(clinic):
+    made = clinic(nodes=3)
+    made.run(made.save(10, "finished"))
+    assert made.sizes == [2] and made.events() == [("started", 2, 0), ("finished", 2, 10)] and made.said == []
+
+
+def test_what_is_lost_is_gone_on_from_on_what_is_left(clinic):
+    made = clinic()
+
+    def node_dies():
+        del made.nodes[0]
+        return KILLED
+
+    made.run(made.save(10, KILLED), node_dies, "finished")
+    assert made.sizes == [4, 4, 2]
+    assert made.events()[:4] == [("started", 4, 0), ("failed", 4, 10), ("started", 4, 10), ("failed", 4, 10)]
+    assert made.said[0].startswith("train: rank 1 on host died; going on from update 10 (see ")
+    assert made.said[-1] == "train: now with 2 workers instead of 4"
+    assert (made.folder / "failure-2/error.txt").exists()
+
+
+def test_so_many_failures_in_a_row_are_enough(clinic):
+    made = clinic(max_failures=2)
+    with pytest.raises(RunFailed, match="failed 3 times without a new checkpoint, the last time: rank 1 on host died"):
+        made.run(KILLED, KILLED, KILLED)
+    assert len(made.sizes) == 3
+
+
+def test_progress_makes_failures_count_anew(clinic):
+    made = clinic(max_failures=1)
+    steps = [made.save(step, KILLED) for step in (10, 20, 30, 40)]
+    made.run(*steps, "finished")
+    assert len(made.sizes) == 5
+
+
+def test_what_the_job_gives_up_with_says_what_is_kept(clinic):
+    made = clinic(max_failures=0)
+    with pytest.raises(RunFailed, match="died; the checkpoint of update 10 is kept, and the same command"):
+        made.run(made.save(10, KILLED))
+
+
+def test_an_error_of_the_code_that_comes_again_word_for_word_is_not_tried_a_third_time(clinic):
+    made = clinic(max_failures=9)
+    with pytest.raises(RunFailed, match="ValueError: boom; no checkpoint had been written"):
+        made.run(RAISED, RAISED)
+
+
+def test_wrong_input_is_the_users_and_not_tried_again(clinic):
+    made = clinic()
+
+    def refuses():
+        made.board.endings[1] = "refused: shard x is damaged"
+        return KILLED  # as the other ranks see it
+
+    with pytest.raises(InputError, match="^shard x is damaged$"):
+        made.run(refuses)
+    assert len(made.sizes) == 1
+
+
+def test_a_stop_of_the_user_ends_it(clinic):
+    made = clinic()
+
+    def stops():
+        made.gang.stop()
+        return "stopped"
+
+    with pytest.raises(Stopped):
+        made.run(stops)
+    assert made.events()[-1][0] == "stopped"
+
+
+def test_a_worker_that_dies_while_the_job_stops_does_not_start_it_again(clinic):
+    made = clinic()
+
+    def dies():
+        made.gang.stop()
+        return KILLED
+
+    with pytest.raises(Stopped):
+        made.run(dies)
+    assert len(made.sizes) == 1 and made.said == []
+
+
+def test_a_worker_that_was_told_to_go_is_no_failure(clinic):
+    made = clinic(max_failures=0)
+    made.run(made.save(13, "preempted: rank 1 on host"), "finished")
+    assert made.events()[1] == ("preempted", 4, 13)
+    assert made.said == ["train: rank 1 on host was told to go (SIGTERM); stopped at a checkpoint; going on from "
+                         "update 13"]  # fmt: skip
+
+
+def test_room_for_more_is_taken_at_a_checkpoint(clinic):
+    made = clinic(nodes=1)
+
+    def comes():
+        made.nodes.append(Node("new", "new host", 1))
+        assert made.board.asked.wait(10)
+        return made.save(20, "stopped")()
+
+    made.run(comes, "finished")
+    assert made.sizes == [1, 2] and made.events()[1] == ("resized", 1, 20)
+    assert "there is room for 2 workers where 1 runs; stopped at a checkpoint; going on from update 20" in made.said[0]
+
+
+def test_a_node_that_leaves_is_left_before_it_goes(clinic):
+    made = clinic(nodes=2)
+    made.board.placed = {0: "0", 1: "1"}
+
+    def leaves():
+        del made.nodes[1]
+        assert made.board.asked.wait(10)
+        return made.save(20, "stopped")()
+
+    made.run(leaves, "finished")
+    assert made.sizes == [2, 1] and made.events()[1] == ("preempted", 2, 20)
+    assert "node " in made.said[0] and " is about to leave the cluster" in made.said[0]
+
+
+def test_what_others_hold_is_not_asked_for_again_and_again(clinic):
+    """Ray finds no places although the nodes are large enough: a smaller size, and no resizing back."""
+    made = clinic(nodes=4)
+
+    def runs_for_a_while():
+        assert not made.board.asked.wait(0.1)
+        return "finished"
+
+    made.run(NO_ROOM, runs_for_a_while)
+    assert made.sizes == [4, 2] and made.events()[1] == ("no room", 4, 0)
+    assert "no places for 4 workers" in made.said[0]
+
+
+def test_too_small_a_cluster_is_waited_for_and_then_given_up(clinic):
+    made = clinic(nodes=1, sizes=(4, 2), wait_seconds=0.1)
+    with pytest.raises(RunFailed, match="room for 1 workers and train needs at least 2, .* in 0.1 s .*--resume"):
+        made.run()
+    assert made.sizes == [] and len(made.said) == 1 and "waiting for up to 0.1 s for nodes" in made.said[0]
+
+
+def test_jobs_of_the_same_run_are_waited_for_as_long_as_they_take(clinic):
+    made = clinic(nodes=2, sizes=(2,), wait_seconds=0.0)
+    with made.gang._room.take((2,), None, lambda slots: None):
+        made.ends = ["finished"]
+        made.gang.prepare()
+        assert not threading.Event().wait(0.1) and not made.gang._end.done()
+    made.gang._end.result(timeout=10)
+    assert made.said == []
+
+
+def test_a_stop_ends_a_wait(clinic):
+    made = clinic(nodes=0)
+    made.gang.stop()
+    with pytest.raises(Stopped):
+        made.run()
+
+
+def test_a_job_that_is_never_given_ends_quietly(clinic):
+    """Workers that were started ahead and told that there is nothing to do."""
+    made = clinic()
+    made.ends = [""]
+    made.gang.prepare()
+    made.gang.abandon()
+    made.gang._end.result(timeout=10)
+    assert not (made.folder / "events.jsonl").exists(), "the folder may still be another job's"
+
+
+def test_a_job_is_started_ahead_once(clinic):
+    made = clinic()
+    begun, given = threading.Event(), threading.Event()
+
+    def waits():
+        begun.set()
+        assert given.wait(10)
+        return "finished"
+
+    made.ends = [waits]
+    made.gang.prepare()
+    assert begun.wait(10)
+    threading.Timer(0.02, given.set).start()
+    made.gang.run({})
+    assert made.sizes == [4] and made.events()[0] == ("started", 4, 0)
