@@ -1,6 +1,8 @@
 """SHA-256 of tensors: what H0, packs and certificates are made of; and seeds out of values."""
 
 import hashlib
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,10 +10,19 @@ from torch import Tensor
 
 def tensor_hash(tensor: Tensor) -> str:
     """Of a tensor's dtype, shape and bits, wherever it lies."""
-    contiguous = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)  # strides as the shape says
-    digest = hashlib.sha256(f"{contiguous.dtype}{list(contiguous.shape)}".encode())
-    digest.update(contiguous.flatten().view(torch.uint8).numpy().data)
+    digest = digest_of(tensor.dtype, tensor.shape)
+    digest.update(tensor_bytes(tensor.detach().cpu()))
     return digest.hexdigest()
+
+
+def digest_of(dtype: torch.dtype, shape: Sequence[int]) -> Any:
+    """What becomes a tensor's hash when its bytes have been put into it, at once or in parts."""
+    return hashlib.sha256(f"{dtype}{list(shape)}".encode())
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Of a tensor on the CPU; not copied where it lies in order."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def tensor_hashes(tensors: dict[str, Tensor]) -> dict[str, str]:

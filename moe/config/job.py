@@ -1,5 +1,6 @@
 """One ordinary training job: a dense model or a mixture, from scratch or upcycled, on one or more domains' text."""
 
+from collections.abc import Sequence
 from math import gcd
 from typing import Any, Self
 
@@ -27,9 +28,9 @@ class ParallelConfig(Section):
     across_nodes: bool = False  # whether such a group may span nodes, whose links are slower
     exchange_chunks: PositiveInt = 1  # parts of a micro-batch, one of which computes while another travels
 
-    def expert_size(self, world_size: int) -> int:
-        """Of a job that runs on so many ranks: the largest that fits both."""
-        return gcd(self.expert, world_size)
+    def expert_size(self, nodes: Sequence[int]) -> int:
+        """Of a job that has so many ranks on each of its nodes: the largest divisor of `expert` whose groups fit."""
+        return gcd(self.expert, sum(nodes)) if self.across_nodes else gcd(self.expert, *nodes)
 
 
 class JobEvaluationConfig(Section):

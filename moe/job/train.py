@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from moe.config import JobConfig
 from moe.data import tokenizer
 from moe.data.loader import Loader, Source
+from moe.errors import InputError
 from moe.eval.bits import Forward
 from moe.hf import folder as model_folder
 from moe.hf.from_checkpoint import model_of
@@ -22,7 +23,7 @@ from moe.job.measure import measure
 from moe.job.text import open_split
 from moe.model import Decoder
 from moe.model.upcycle import upcycle
-from moe.parallel import Mesh
+from moe.parallel import Mesh, workers_on_each_node
 from moe.run_folder import RunFolder
 from moe.train import checkpoint
 from moe.train.loop import Job, train
@@ -44,7 +45,7 @@ def train_job(
 
     Every rank of the job must call it. Where all updates are done already, it only measures and writes."""
     tokens = tokenizer.load(run.tokenizer)
-    model = build(config, tokens.get_vocab_size()).to(device)
+    model = build(config, tokens.get_vocab_size(), device).to(device)
     texts = {split: open_split(run, list(config.domains), split, tokenizer.identity(tokens), device)
              for split in ("train", "eval")}
     loader = Loader(
@@ -76,10 +77,17 @@ def train_job(
     return True
 
 
-def build(config: JobConfig, vocab_size: int) -> Decoder:
-    """The model before its first update, of which this rank has what the mesh gives it. Every rank must call it."""
+def build(config: JobConfig, vocab_size: int, device: torch.device) -> Decoder:
+    """The model before its first update, of which this rank has what the mesh gives it. Every rank must call it.
+
+    Raises InputError where a set of experts would span nodes, and `parallel.across_nodes` does not say that it may."""
     parallel = config.parallel
-    mesh = Mesh.of(parallel.expert_size(dist.get_world_size()), parallel.across_nodes)
+    nodes = workers_on_each_node(device)
+    size = parallel.expert_size(nodes)
+    if size < parallel.expert and sum(nodes) == config.cluster.workers:  # with fewer it is to go on as it can
+        raise InputError(f"parallel.expert={parallel.expert}: want a divisor of the {', '.join(map(str, nodes))} "
+                         "workers that the nodes have, or parallel.across_nodes=true")
+    mesh = Mesh.of(size)
     if not config.upcycle:
         model = Decoder(config.model, vocab_size, mesh=mesh, exchange_chunks=parallel.exchange_chunks)
         return model.initialise(config.run.seed)

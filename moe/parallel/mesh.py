@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from moe.errors import InputError
@@ -23,17 +24,13 @@ class Mesh:
     group: Any = None  # the process group of this rank's; None where it is alone
 
     @classmethod
-    def of(cls, expert_size: int, across_nodes: bool = False) -> "Mesh":
+    def of(cls, expert_size: int) -> "Mesh":
         """Of the process group that stands. Every rank must call it.
 
-        Raises InputError where the groups do not divide the ranks, or would span nodes without `across_nodes`."""
+        Raises InputError where the groups do not divide the ranks."""
         world_size, rank = dist.get_world_size(), dist.get_rank()
         if world_size % expert_size:
             raise InputError(f"parallel.expert={expert_size}: want a divisor of the {world_size} workers")
-        on_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        if not across_nodes and on_node % expert_size:
-            raise InputError(f"parallel.expert={expert_size}: want a divisor of the {on_node} workers on a node, or "
-                             "parallel.across_nodes=true")
         mine = None
         if expert_size > 1:
             for first in range(0, world_size, expert_size):
@@ -55,3 +52,16 @@ class Mesh:
 
 
 ALONE = Mesh()
+
+
+def workers_on_each_node(device: torch.device) -> list[int]:
+    """Of the process group's nodes, in the order of their ranks. Every rank must call it."""
+    world_size = dist.get_world_size()
+    mine = torch.tensor(int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), device=device)
+    seen = [torch.empty_like(mine) for _ in range(world_size)]
+    dist.all_gather(seen, mine)
+    found, rank = [], 0
+    while rank < world_size:
+        found.append(int(seen[rank]))
+        rank += found[-1]
+    return found

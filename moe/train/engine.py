@@ -121,8 +121,9 @@ class Engine:
     def pieces(self) -> list[Piece]:
         """This rank's part of every trained parameter, of its moments, and of every persistent buffer.
 
-        The pieces of all ranks together are each tensor, once. Valid after the first update, and until the next: views
-        of what training goes on to change."""
+        The pieces of all ranks together are each tensor, once. Valid until the next update: views of what training
+        goes on to change."""
+        self._make_moments(0)  # where every update so far was left out
         self._link()
         found = []
         for name, parameter in self._trained():
@@ -176,14 +177,17 @@ class Engine:
         return mapping.lp_fragment_address.start, [tensor.detach() for tensor in state]
 
     def _make_moments(self, updates: int) -> None:
-        """No state exists before the first update: make what the optimizer would."""
+        """No state exists before the first update that is made: make what the optimizer would."""
         if self.stage == 3:
             masters = self._optimizer.fp32_partitioned_groups_flat
         else:
             masters = self._optimizer.single_partition_of_fp32_groups
+        state = self._optimizer.optimizer.state
         for flat in masters if self._moments else ():
+            if flat in state:
+                continue
             moments = {moment: torch.zeros_like(flat) for moment in self._moments}
-            self._optimizer.optimizer.state[flat] = {"step": torch.tensor(float(updates)), **moments}
+            state[flat] = {"step": torch.tensor(float(updates)), **moments}
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]

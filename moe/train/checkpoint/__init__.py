@@ -5,7 +5,8 @@ are verified before they are loaded; nothing is unpickled. Frozen weights are no
 whose hash is part of the job's identity. Random state is not in them either, because training keeps none: what is
 drawn is drawn from counters (seed, step, rank, micro-batch), never from torch's generators.
 
-Read files (what lies on the disk), plan (who writes what), gather (how it gets there), save, restore in this order.
+Read files (what lies on the disk), plan (who writes what), gather (how it gets there), save and pace, restore in this
+order.
 """
 
 from moe.train.checkpoint.files import (

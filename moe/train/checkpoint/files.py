@@ -5,6 +5,8 @@
                                                             each tensor its shape, its shard and its SHA-256
 """
 
+import io
+import json
 import math
 import os
 import re
@@ -15,18 +17,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from moe import manifest as manifests
 from moe.errors import InputError
-from moe.hashing import tensor_hash
+from moe.hashing import digest_of, tensor_bytes, tensor_hash
+from moe.train.checkpoint.pace import Pace
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{8})")
 VERSIONS = ("torch", "deepspeed", "safetensors")
 ITEM_BYTES = 4  # float32
+PART_BYTES = 2**20  # hashed and written at a time
 
 
 @dataclass
@@ -177,17 +180,39 @@ def shard_name(rank: int, world_size: int) -> str:
     return f"shard-{rank:05}-of-{world_size:05}.safetensors"
 
 
-def write_shard(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Write tensors to the disk, and return what the manifest says of them. Raises OSError or SafetensorError."""
+def write_shard(path: Path, tensors: dict[str, Tensor], pace: Pace) -> dict[str, Any]:
+    """Write float32 tensors to the disk as safetensors, and return what the manifest says of them. Raises OSError.
+
+    The library's own writer makes one long call. Here every part is hashed and written while it is in the caches, and
+    `pace` may have a rest between two."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    mode = path.stat().st_mode  # safetensors would leave a file that nobody else may read
-    save_file(tensors, path)
-    path.chmod(mode)
+    pace.start()
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + ITEM_BYTES * tensor.numel()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8 bytes
+    records = {}
+    with path.open("wb", buffering=0) as file:
+        _write(file, len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors.items():
+            digest, data = digest_of(tensor.dtype, tensor.shape), tensor_bytes(tensor)
+            for first in range(0, len(data), PART_BYTES):
+                part = data[first : first + PART_BYTES]
+                digest.update(part)
+                _write(file, part)
+                pace.rest()
+            records[name] = {"shape": list(tensor.shape), "shard": path.name, "sha256": digest.hexdigest()}
     flush(path)
-    records = {name: {"shape": list(t.shape), "shard": path.name, "sha256": tensor_hash(t)}
-               for name, t in tensors.items()}
     return {"bytes": path.stat().st_size, "tensors": records}
+
+
+def _write(file: io.FileIO, data: bytes | memoryview) -> None:
+    """All of it: a disk that is nearly full takes a part, and says so only of the next."""
+    data = memoryview(data)
+    while data:
+        data = data[file.write(data):]
 
 
 def write_manifest(path: Path, state: State, about: dict[str, Any], shards: dict[str, dict[str, Any]]) -> None:

@@ -48,9 +48,13 @@ def make_plan(pieces: Sequence["Piece"], engine: "Engine") -> Plan:
     return plan(everyone, engine.rank, BUCKET_BYTES // 4)
 
 
-def snapshot(plan: Plan, pieces: Sequence["Piece"], engine: "Engine") -> dict[str, Tensor]:
-    """Copies of the whole tensors that this rank writes, float32 on the CPU."""
-    tensors = {name: torch.empty(shape, dtype=torch.float32) for name, shape in plan.shapes.items()}
+def room_for(plan: Plan) -> dict[str, Tensor]:
+    """Of the whole tensors that this rank writes, float32 on the CPU."""
+    return {name: torch.empty(shape, dtype=torch.float32) for name, shape in plan.shapes.items()}
+
+
+def snapshot(plan: Plan, pieces: Sequence["Piece"], engine: "Engine", tensors: dict[str, Tensor]) -> None:
+    """Copy the whole tensors that this rank writes into their room."""
     flat = {name: tensor.view(-1) for name, tensor in tensors.items()}
     for s in plan.own:
         flat[s.name][s.start : s.start + s.numel] = pieces[s.piece].values[s.offset : s.offset + s.numel]
@@ -63,4 +67,3 @@ def snapshot(plan: Plan, pieces: Sequence["Piece"], engine: "Engine") -> dict[st
         parts = received.cpu().split([s.numel for s in exchange.received])
         for s, part in zip(exchange.received, parts, strict=True):
             flat[s.name][s.start : s.start + s.numel] = part
-    return tensors

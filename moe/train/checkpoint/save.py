@@ -7,6 +7,7 @@ Threads talk to no other rank: what they have done is asked for by `poll`, once 
 import logging
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from moe.train.checkpoint.files import (
     MANIFEST,
@@ -27,13 +30,15 @@ from moe.train.checkpoint.files import (
     write_manifest,
     write_shard,
 )
-from moe.train.checkpoint.gather import make_plan, snapshot, sums, values_of_all
+from moe.train.checkpoint.gather import make_plan, room_for, snapshot, sums, values_of_all
+from moe.train.checkpoint.pace import SHARE, Pace
 from moe.train.checkpoint.plan import Plan
 
 if TYPE_CHECKING:
     from moe.train.engine import Engine  # which loads DeepSpeed: reading a checkpoint needs none
 
 KEEP = 2  # a damaged newest one must leave another to fall back to
+LOWEST_PRIORITY = 19
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +53,7 @@ class _Pending:
 
     state: State
     work: Future  # of this rank's thread: its shard, then on rank 0 the rest
+    pace: Pace
     shards_written: bool = False
 
 
@@ -61,6 +67,7 @@ class Saver:
         self._folder, self._engine = folder, engine
         self._about = {"identity": identity, "world_size": engine.world_size, "description": description}
         self._plan: Plan | None = None
+        self._room: dict[str, Tensor] = {}  # of the snapshot
         self._pending: _Pending | None = None
         self.stop_s = 0.0  # for which the last save stopped the training
         if engine.rank == 0:  # nobody writes before the first exchange with rank 0
@@ -74,9 +81,12 @@ class Saver:
         pieces = self._engine.pieces()
         if self._plan is None:
             self._plan = make_plan(pieces, self._engine)
-        tensors = snapshot(self._plan, pieces, self._engine)
+            self._room = room_for(self._plan)  # kept: to make it anew would stop the training for twice as long
+        snapshot(self._plan, pieces, self._engine, self._room)
         path = self._partial(state) / shard_name(self._engine.rank, self._engine.world_size)
-        self._pending = _Pending(copy(state), _in_thread(lambda: write_shard(path, tensors)))
+        pace = Pace(SHARE if self._engine.device.type == "cpu" else 1.0)
+        work = _in_thread(lambda: write_shard(path, self._room, pace))
+        self._pending = _Pending(copy(state), work, pace)
         self.stop_s = time.perf_counter() - began
 
     @property
@@ -98,11 +108,13 @@ class Saver:
             self._pending = None
             return
         state, shards = self._pending.state, values_of_all(work.result(), self._engine)
-        self._pending = _Pending(state, _in_thread(lambda: self._commit(state, shards)), shards_written=True)
+        commit = _in_thread(lambda: self._commit(state, shards))
+        self._pending = _Pending(state, commit, self._pending.pace, shards_written=True)
 
     def finish(self) -> None:
         """Wait until what is pending lies on the disk under its name. Raises SaveFailed, on all ranks."""
         while self._pending is not None:
+            self._pending.pace.hurry()
             self._pending.work.exception()  # waits
             self.poll()
 
@@ -132,6 +144,7 @@ class Saver:
 
     def _give_up(self) -> None:
         pending, self._pending = self._pending, None
+        pending.pace.hurry()
         error = pending.work.exception()  # waits: nobody is to write into a folder that is removed
         said = values_of_all(error and f"{type(error).__name__}: {error}", self._engine)
         whole = str(newest(self._folder) or "")
@@ -158,10 +171,12 @@ def _remove(path: Path) -> None:
 
 
 def _in_thread(work: Callable[[], Any]) -> Future:
-    """Run it in a thread that keeps no process alive."""
+    """Run it in a thread that keeps no process alive, and that takes only the cores' time that training leaves."""
     future: Future = Future()
 
     def run() -> None:
+        if sys.platform == "linux":  # elsewhere it would be the process's
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
         try:
             future.set_result(work())
         except BaseException as error:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe.config import ParallelConfig
 from moe.config_file import load
 from moe.model import Decoder
 from moe.train import engine_settings
@@ -24,7 +25,8 @@ def test_sizes(name, world_sizes, experts_held, tokens, billions):
     config = load(CONFIGS / f"{name}.yaml")
     engine_settings.check(config)
     assert config.world_sizes() == world_sizes
-    mixture, sizes = config.model.mixture, [config.parallel.expert_size(n) for n in world_sizes]
+    mixture = config.model.mixture
+    sizes = [config.parallel.expert_size([min(8, n)] * max(1, n // 8)) for n in world_sizes]  # 8 GPUs to a node
     assert tuple(mixture.num_experts // size if mixture else 0 for size in sizes) == experts_held
     assert config.train.batch_size * config.model.context_length == tokens
     with torch.device("meta"):
@@ -42,3 +44,10 @@ def test_the_upcycled_job_fits_the_quickstarts_anchor():
     assert upcycled.model.model_dump(exclude=free) == quickstart.model.model_dump(exclude=free)
     assert upcycled.upcycle.model == quickstart.run.path / "stages/anchor/model"
     assert upcycled.tokenizer == quickstart.tokenizer and upcycled.model.mixture.d_ff == quickstart.model.d_ff
+
+
+def test_experts_are_spread_as_far_as_the_nodes_allow():
+    """A job that goes on with fewer workers, unevenly left on its nodes."""
+    inside, across = ParallelConfig(expert=8), ParallelConfig(expert=8, across_nodes=True)
+    for nodes, want, want_across in (([8, 8], 8, 8), ([8, 4], 4, 4), ([6, 2], 2, 8), ([5, 3], 1, 8), ([1], 1, 1)):
+        assert (inside.expert_size(nodes), across.expert_size(nodes)) == (want, want_across), nodes

@@ -144,8 +144,8 @@ def killed(engine: FakeEngine, folder: str) -> str:
     if engine.rank == 1:
         written = save.write_shard
 
-        def die(path: Path, tensors: dict) -> None:
-            written(path, dict(list(tensors.items())[:1]))
+        def die(path: Path, tensors: dict, pace) -> None:
+            written(path, dict(list(tensors.items())[:1]), pace)
             os.kill(os.getpid(), signal.SIGKILL)
 
         save.write_shard = die
@@ -163,7 +163,7 @@ def full(engine: FakeEngine, folder: str) -> list[str]:
     write(engine, folder, 3)
     saver, written = Saver(FOLDER / folder, engine, "mine", DESCRIPTION), save.write_shard
     if engine.rank == 1:
-        def no_space(path: Path, tensors: dict) -> None:
+        def no_space(path: Path, *_) -> None:
             raise OSError(28, "No space left on device", str(path))
 
         save.write_shard = no_space
