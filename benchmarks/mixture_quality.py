@@ -43,12 +43,13 @@ from moe.train.schedule import warmup_cosine
 RESULTS = Path(__file__).parent / "results"
 WIDTHS = dict(d_model=128, num_layers=4, num_heads=4, num_kv_heads=2)
 MIXTURE = MixtureConfig(num_experts=8, top_k=2, d_ff=192)
-# A selection bias is to cross the distance between logits in some hundred updates, where runs have some thousand.
-METHODS = {method: BalanceConfig(method=method, bias_step=1e-2)
+# Ten and fifty times the defaults: these few hundred updates at a high rate have to balance what long runs have
+# thousands for. In the first of them hidden states are much alike, and every layer sends all to a few experts.
+METHODS = {method: BalanceConfig(method=method, weight=0.1, bias_step=0.05)
            for method in ("none", "micro_batch", "sequence", "global", "bias")}
 DENSE = "dense"
 BATCH_SIZE, MICRO_BATCH_SIZE = 8, 4  # sequences: two micro-batches, so that a batch is not a micro-batch
-LEARNING_RATE, WARMUP_STEPS, FINAL_SHARE, WEIGHT_DECAY, CLIP = 3e-3, 20, 0.1, 0.1, 1.0
+LEARNING_RATE, WARMUP_STEPS, FINAL_SHARE, WEIGHT_DECAY, CLIP = 2e-3, 30, 0.1, 0.1, 1.0
 LAST = 50  # updates over which the end of a run is averaged
 HELD_OUT_TOKENS = 16384  # of each domain
 SMOOTH = 10  # updates over which the plot averages

@@ -20,7 +20,7 @@ SHARD = "shard-00000-of-00001.safetensors"
 class Trained:
     """Stands in for an engine: a decoder's weights, each with a moment."""
 
-    rank, world_size = 0, 1
+    rank, world_size, device = 0, 1, torch.device("cpu")
 
     def __init__(self, decoder, only=""):
         weights = {name: t for name, t in decoder.state_dict().items() if only in name}
