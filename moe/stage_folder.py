@@ -5,7 +5,9 @@
     DONE     when it is finished: the same hash, its outputs, its seconds
 """
 
+import contextlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -16,6 +18,8 @@ from typing import Any
 from moe.manifest import value_hash
 
 Outputs = dict[str, Any]  # plain values
+
+log = logging.getLogger(__name__)
 
 
 def inputs_hash(name: str, settings: Any, needed: Mapping[str, Outputs]) -> str:
@@ -34,14 +38,22 @@ def run(folder: Path, inputs: str, work: Callable[[], Outputs], tell: Callable[[
     finally:
         seconds = earlier + time.time() - started
         tell(seconds)
-        _write(folder / "SPENT", seconds)
+        with contextlib.suppress(OSError):  # on a full disk: what ended the work is the story
+            _write(folder / "SPENT", seconds)
     _write(folder / "DONE", {"inputs": inputs, "outputs": outputs, "seconds": seconds})
     return outputs
 
 
 def own(folder: Path, inputs: str) -> None:
-    """Keep what an interrupted run of the same inputs has left, and nothing else."""
-    if _read(folder / "INPUTS") != inputs:
+    """Keep what an interrupted run of the same inputs has left, and nothing else.
+
+    Checkpoints of other inputs may be weeks of work: with their folder they are moved aside, not deleted."""
+    if (before := _read(folder / "INPUTS")) != inputs:
+        if any(folder.glob("checkpoints/step-*")):
+            aside = folder.with_name(f"{folder.name}.of-{str(before)[:12]}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(folder, aside)
+            log.warning("what determines %s has changed: it begins anew; its checkpoints are now in %s", folder, aside)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         _write(folder / "INPUTS", inputs)

@@ -38,6 +38,8 @@ class TrainConfig(Section):
         """What determines the result, as plain values; what only moves roundings or says when to look is not in it, so
         that a job may go on under another choice of those."""
         free = {"zero_stage", "recompute_layers", "evaluate_every", "checkpoint_every", "max_skipped"}
+        if not self.attention_dropout:  # which is drawn for each micro-batch
+            free.add("micro_batch_size")
         return self.model_dump(mode="json", exclude=free)
 
     def check_world_size(self, key: str, world_size: int) -> None:

@@ -159,14 +159,14 @@ def whole_documents(
         if limit is not None and given >= limit:
             break
         tokens = packed.tokens(document).astype(np.int64)
+        given += len(tokens) - 1
+        num_bytes += packed.num_bytes(document)
         for start in range(0, len(tokens) - 1, length):
             window = tokens[start : start + length + 1]
             pieces.append(Piece((packed, document), window[:-1], window[1:]))
-        size += len(tokens) - 1
-        given += len(tokens) - 1
-        num_bytes += packed.num_bytes(document)
-        if size >= tokens_per_batch:
-            yield collate(pieces), num_bytes
-            pieces, size, num_bytes = [], 0, 0
+            size += len(window) - 1
+            if size >= tokens_per_batch:
+                yield collate(pieces), num_bytes
+                pieces, size, num_bytes = [], 0, 0
     if pieces:
         yield collate(pieces), num_bytes

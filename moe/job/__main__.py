@@ -3,15 +3,20 @@
     torchrun --nproc-per-node 2 -m moe.job CONFIG [key=value ...] [--resume]
 
 The same stages in the same folders as `polyclinic train` makes, so either goes on with what the other has begun.
-Exit status of the ranks: 0 done, 2 a wrong input, 75 stopped at a checkpoint because the machine is going away
-(SIGTERM): to be run again with --resume. Rank 0 speaks for all.
+Exit status of the ranks: 0 done, 1 a failure, 2 a wrong input, 75 stopped at a checkpoint because the machine is going
+away (SIGTERM): to be run again with --resume. Rank 0 speaks for all; where all ranks were ended by their watchdogs, it
+says at --resume which of them hung, and where.
 """
 
 import argparse
+import contextlib
+import errno
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -29,7 +34,13 @@ from moe.train import preemption
 SECONDS_BETWEEN_LINES = 5.0
 POLL_SECONDS = 0.5  # of the ranks that wait for what rank 0 prepares
 PEER_SECONDS = 3.0  # for which a rank keeps quiet: within it torchrun ends it if rank 0 has said the same
-WRONG_INPUT = 2
+FAILED, WRONG_INPUT = 1, 2
+FULL = (errno.ENOSPC, errno.EDQUOT)
+KEPT = "the same command with --resume goes on from the newest checkpoint"
+
+
+class Failed(Exception):
+    """What ended the job, in a sentence that leaves nothing to add."""
 
 
 class Stopped(Exception):
@@ -43,12 +54,13 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(preemption.EXIT_STATUS))
     try:
         run_ranks(options.config, options.overrides, options.resume)
-    except InputError as error:
+    except (InputError, Failed) as error:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if os.environ.get("RANK", "0") != "0":
             time.sleep(PEER_SECONDS)
-        _say(f"wrong input: {error}")
-        return WRONG_INPUT
+        wrong_input = isinstance(error, InputError)
+        _say(f"{'wrong input: ' if wrong_input else ''}{error}")
+        return WRONG_INPUT if wrong_input else FAILED
     except Stopped:
         if os.environ["RANK"] == "0":
             _say("told to go (SIGTERM), stopped at a checkpoint; the same command with --resume goes on from there")
@@ -57,7 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_ranks(path: Path, overrides: list[str], resume: bool) -> None:
-    """Raises InputError for what is wrong with the input, Stopped where SIGTERM has come."""
+    """Raises InputError for what is wrong with the input, Failed for what needs no more than a sentence, Stopped where
+    SIGTERM has come."""
     config = load(path, overrides)
     if not isinstance(config, JobConfig):
         raise InputError(f"{path} describes a specialty run: want one training job; `polyclinic train` runs both")
@@ -111,21 +124,27 @@ def _train(config: JobConfig, run: RunFolder, plan: Plan, outputs: dict, seconds
     from kernels import backend
     from moe.job.train import read_figures, train_job
     from moe.train.engine import connect
-    from moe.train.watchdog import Watchdog
+    from moe.train.watchdog import Watchdog, collective_seconds
 
     backend.force(config.run.backend)
+    folder = run.stage(TRAIN)
+    if os.environ["RANK"] == "0" and (story := _hung(folder / "ranks")):
+        _say(f"the last time {story}")
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    limit = timedelta(seconds=collective_seconds(config.cluster.hang_seconds))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit)
     connect()
     preemption.watch()
     _agree(config, device)
-    folder, rank = run.stage(TRAIN), dist.get_rank()
+    rank = dist.get_rank()
 
     def work() -> dict[str, Any]:
         dist.barrier()  # nobody reads the folder before rank 0 has made sure that it is this job's
-        with Watchdog(folder / "ranks", rank, dist.get_world_size(), config.cluster.hang_seconds) as watchdog:
+        with _told(folder), Watchdog(folder / "ranks", rank, dist.get_world_size(),
+                                     config.cluster.hang_seconds) as watchdog:
             finished = train_job(config, run, inputs, device, Lines(config.train.steps), watchdog.beat)
         dist.barrier()
         dist.destroy_process_group()
@@ -137,6 +156,38 @@ def _train(config: JobConfig, run: RunFolder, plan: Plan, outputs: dict, seconds
         outputs[TRAIN] = stage_folder.run(folder, inputs, work, lambda spent: seconds.update({TRAIN: spent}))
     else:
         work()
+
+
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Make of what ends the training, in `folder`, a sentence where one says it all: that a disk is full or numbers are
+    none, and where a rank hung that this one has waited for. All else is raised as it is."""
+    from moe.train.checkpoint import SaveFailed
+    from moe.train.finite import NotFinite
+
+    try:
+        yield
+    except (SaveFailed, NotFinite) as error:
+        raise Failed(f"{error}; {KEPT}") from error
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise Failed(f"{folder} could not be written to: {error.strerror}; {KEPT}") from error
+    except RuntimeError as error:
+        if story := _hung(folder / "ranks"):
+            raise Failed(f"{story}; {KEPT}") from error
+        # Where this rank has only lost another one, that one's end is the story: torchrun tells it, and ends this one.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(PEER_SECONDS * (int(os.environ["WORLD_SIZE"]) > 1))
+        raise
+
+
+def _hung(ranks: Path) -> str:
+    """What the watchdogs of the newest start have found, if they have ended ranks that hung."""
+    from moe.train.watchdog import diagnose, read_rank
+
+    record = read_rank(ranks, 0)
+    return diagnose(ranks, record["world_size"]) if record else ""
 
 
 def _agree(config: JobConfig, device: Any) -> None:

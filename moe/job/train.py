@@ -3,6 +3,7 @@ a `report`, and uses the process group that stands.
 """
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from tokenizers import Tokenizer
 from moe.config import JobConfig
 from moe.data import tokenizer
 from moe.data.loader import Loader, Source
-from moe.errors import InputError
 from moe.eval.bits import Forward
 from moe.hf import folder as model_folder
 from moe.hf.from_checkpoint import model_of
@@ -28,7 +28,10 @@ from moe.run_folder import RunFolder
 from moe.train import checkpoint
 from moe.train.loop import Job, train
 from moe.train.recorder import Report
+from moe.train.telemetry import sayable
 from moe.train.watchdog import Beat, no_watchdog
+
+log = logging.getLogger(__name__)
 
 HELD_OUT_TOKENS = 16384  # of each domain, in the evaluations during training
 
@@ -78,15 +81,13 @@ def train_job(
 
 
 def build(config: JobConfig, vocab_size: int, device: torch.device) -> Decoder:
-    """The model before its first update, of which this rank has what the mesh gives it. Every rank must call it.
-
-    Raises InputError where a set of experts would span nodes, and `parallel.across_nodes` does not say that it may."""
+    """The model before its first update, of which this rank has what the mesh gives it. Every rank must call it."""
     parallel = config.parallel
     nodes = workers_on_each_node(device)
     size = parallel.expert_size(nodes)
-    if size < parallel.expert and sum(nodes) == config.cluster.workers:  # with fewer it is to go on as it can
-        raise InputError(f"parallel.expert={parallel.expert}: want a divisor of the {', '.join(map(str, nodes))} "
-                         "workers that the nodes have, or parallel.across_nodes=true")
+    if size < parallel.expert and dist.get_rank() == 0:
+        log.warning("experts are spread over %d ranks and not %d, because the nodes have %s workers: each rank holds "
+                    "more of them", size, parallel.expert, ", ".join(map(str, nodes)))
     mesh = Mesh.of(size)
     if not config.upcycle:
         model = Decoder(config.model, vocab_size, mesh=mesh, exchange_chunks=parallel.exchange_chunks)
@@ -124,5 +125,5 @@ def _job(config: JobConfig, run: RunFolder, identity: str) -> Job:
 
 def _write(path: Path, values: dict[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(values, indent=1) + "\n")
+    temporary.write_text(json.dumps(sayable(values), indent=1, allow_nan=False) + "\n")
     os.replace(temporary, path)

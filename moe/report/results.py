@@ -70,7 +70,9 @@ def _pick(figures: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def throughput(run: RunFolder, stage: str, world_size: int) -> dict[str, float]:
+    """Of the updates that were made on so many ranks: after a fault there may have been fewer for a while."""
     rows = read(run.stage(stage) / "metrics.jsonl")
+    rows = [row for row in rows if row["world_size"] == world_size] or rows
     steady = rows[WARM_UP_STEPS:] or rows
     return {
         "tokens_per_s": statistics.median(row["tokens_per_s"] for row in steady),

@@ -187,7 +187,7 @@ class Engine:
             if flat in state:
                 continue
             moments = {moment: torch.zeros_like(flat) for moment in self._moments}
-            state[flat] = {"step": torch.tensor(float(updates)), **moments}
+            state[flat] = {"step": torch.tensor(float(updates), device=flat.device), **moments}
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]

@@ -8,6 +8,7 @@ from moe.model import Decoder
 from moe.model.mixture import MixtureFFN
 
 PROBE_WIDTH, PROBE_REPEATS = 1024, 8
+GPU_PROBE_WIDTH = 8192  # or launching it would take longer than computing it
 
 
 def training_flops_per_token(model: Decoder) -> float:
@@ -19,14 +20,20 @@ def training_flops_per_token(model: Decoder) -> float:
         if isinstance(module, MixtureFFN):
             used = min(module.router.gate.top_k, module.router.num_present) / len(module.experts)
             share.update({id(p): used for p in module.experts.parameters()})
-    return sum((6 if p.requires_grad else 4) * p.numel() * share.get(id(p), 1.0) for p in model.parameters())
+    return sum((6 if p.requires_grad else 4) * _whole(p) * share.get(id(p), 1.0) for p in model.parameters())
+
+
+def _whole(parameter: torch.nn.Parameter) -> int:
+    """Its elements, also where they are spread over ranks (ZeRO 3)."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
     """The rate of a plain square product on this device with this process's threads: the denominator of MFU.
 
     The best of a few short runs: long enough to be warm, short enough not to delay the first step."""
-    a = torch.randn(PROBE_WIDTH, PROBE_WIDTH, device=device).to(dtype)
+    width = GPU_PROBE_WIDTH if device.type == "cuda" else PROBE_WIDTH
+    a = torch.randn(width, width, device=device).to(dtype)
     best = float("inf")
     for _ in range(PROBE_REPEATS):
         start = time.perf_counter()
@@ -34,4 +41,4 @@ def matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
-    return 2 * PROBE_WIDTH**3 / best
+    return 2 * width**3 / best

@@ -56,7 +56,7 @@ def train(
     model.recompute_layers = config.recompute_layers
     engine = Engine(model, config, job.precision, job.deepspeed)
     checkpoints = job.folder / "checkpoints"
-    state = checkpoint.restore(checkpoints, engine, job.identity)
+    state = checkpoint.restore(checkpoints, engine, job.identity, beat)
     saver = checkpoint.Saver(checkpoints, engine, job.identity, _description(job, model))
     loader.position = state.position
     metrics = Metrics(job.folder / "metrics.jsonl", state.step, job.tracking, job.name) if engine.rank == 0 else None
@@ -94,6 +94,7 @@ def train(
         if evaluated:
             beat("evaluation", state.step)
             row |= held_out(engine)
+            recorder.restart_clock()
         recorder.log(row)
         saver.poll()
         if error := guard.too_many(state.step, applied):
@@ -102,6 +103,7 @@ def train(
         if last or recorder.stop_requested or state.step % config.checkpoint_every == 0:
             beat("checkpoint", state.step)
             saver.save(state)  # goes on behind the next updates
+            recorder.restart_clock()
     saver.finish()
     beat("end", state.step)
     if metrics:

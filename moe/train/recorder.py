@@ -32,11 +32,15 @@ class Recorder:
         dtype = next(engine.model.parameters()).dtype
         peak = matmul_flops_per_s(engine.device, dtype) * engine.world_size
         self._step_flops_share = tokens_per_step * training_flops_per_token(engine.model) / peak
+        self.restart_clock()
         self._asked_to_stop = False
         self._alarm: str | None = None  # of the last row
 
+    def restart_clock(self) -> None:
+        """What was done since the last update is no part of the next one's time: evaluation, a save."""
+        self._since = time.perf_counter()
+
     def start_step(self) -> None:
-        self._started = time.perf_counter()
         self._learning_rate = self._engine.learning_rate()
         # nll, labels, z-loss, micro-batches, requests to stop: one exchange a step for all of them
         self._sums = torch.zeros(5, dtype=torch.float64, device=self._engine.device)
@@ -51,9 +55,11 @@ class Recorder:
         dist.all_reduce(self._sums)
         nll, labels, z_loss, micro_batches, requests = self._sums.tolist()
         self.stop_requested = requests > 0
-        seconds = time.perf_counter() - self._started
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now  # with the text's reading and the last row's telling
         return {
             "step": step,
+            "world_size": self._engine.world_size,
             "loss": nll / labels,
             "z_loss": z_loss / micro_batches,
             "learning_rate": self._learning_rate,

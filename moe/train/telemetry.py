@@ -26,9 +26,7 @@ class Metrics:
         self._wandb = _wandb_run(path.parent, tracking, name) if tracking.wandb != "off" else None
 
     def log(self, row: dict[str, Any]) -> None:
-        # JSON has no word for what is no number.
-        told = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
-        self._file.write(json.dumps(told, allow_nan=False) + "\n")
+        self._file.write(json.dumps(sayable(row), allow_nan=False) + "\n")
         self._file.flush()
         if self._wandb:
             self._wandb.log(row, step=row["step"])
@@ -37,6 +35,15 @@ class Metrics:
         self._file.close()
         if self._wandb:
             self._wandb.finish()
+
+
+def sayable(value: Any) -> Any:
+    """With null for what is no number, for which JSON has no word."""
+    if isinstance(value, dict):
+        return {key: sayable(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [sayable(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read(path: Path) -> list[dict[str, Any]]:

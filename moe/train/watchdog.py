@@ -88,6 +88,11 @@ class Watchdog:
         os.pwrite(self._record, line.ljust(RECORD_BYTES - 1) + b"\n", 0)
 
 
+def collective_seconds(hang_seconds: float) -> int:
+    """The process group's limit: the watchdog, which says where it hangs, is to be first."""
+    return int(hang_seconds + START_SECONDS + GRACE_SECONDS) + 60
+
+
 def read_rank(folder: Path, rank: int) -> dict[str, Any] | None:
     """What a rank last said of itself; None where it has said nothing."""
     try:

@@ -61,8 +61,8 @@ def snapshot(plan: Plan, pieces: Sequence["Piece"], engine: "Engine", tensors: d
     for exchange in plan.rounds:
         sent = torch.empty(sum(exchange.sent_counts), device=engine.device)
         received = torch.empty(sum(exchange.received_counts), device=engine.device)
-        if exchange.sent:
-            torch.cat([pieces[s.piece].values[s.offset : s.offset + s.numel].float() for s in exchange.sent], out=sent)
+        for s, part in zip(exchange.sent, sent.split([s.numel for s in exchange.sent]), strict=True):
+            part.copy_(pieces[s.piece].values[s.offset : s.offset + s.numel])  # from the host, where state is offloaded
         dist.all_to_all_single(received, sent, exchange.received_counts, exchange.sent_counts)
         parts = received.cpu().split([s.numel for s in exchange.received])
         for s, part in zip(exchange.received, parts, strict=True):

@@ -12,6 +12,7 @@ from moe.errors import InputError
 from moe.train.checkpoint.files import Checkpoint, DamagedCheckpoint, State, open_checkpoint, step_folders
 from moe.train.checkpoint.gather import sums, values_of_all
 from moe.train.checkpoint.plan import deal
+from moe.train.watchdog import Beat, no_watchdog
 
 if TYPE_CHECKING:
     from moe.train.engine import Engine  # which loads DeepSpeed: reading a checkpoint needs none
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def restore(folder: Path, engine: "Engine", identity: str) -> State:
+def restore(folder: Path, engine: "Engine", identity: str, beat: Beat = no_watchdog) -> State:
     """Load the newest whole checkpoint into the engine; a fresh State where there is none at all. Every rank must call
-    it; rank 0 says what there is, and each verifies a part.
+    it; rank 0 says what there is, and each verifies a part. `beat` hears of each tensor.
 
     A damaged one is named in the log and the next older one is taken. Raises DamagedCheckpoint where all of them are,
     InputError where one belongs to another job."""
@@ -30,7 +31,7 @@ def restore(folder: Path, engine: "Engine", identity: str) -> State:
         try:
             checkpoint = _open(folder / name, engine)
             if checkpoint.manifest["identity"] == identity:
-                _verify(checkpoint, engine)
+                _verify(checkpoint, engine, beat)
         except DamagedCheckpoint as error:
             passed_over.append(str(error))
             if engine.rank == 0:
@@ -41,7 +42,7 @@ def restore(folder: Path, engine: "Engine", identity: str) -> State:
                 f"checkpoint {checkpoint.path} belongs to a job of identity {checkpoint.manifest['identity']}: want "
                 f"{identity}, which is that of this job; delete {folder} to begin anew, or put the right one there"
             )
-        _load(checkpoint, engine)
+        _load(checkpoint, engine, beat)
         return checkpoint.state
     if passed_over:
         raise DamagedCheckpoint(
@@ -73,7 +74,7 @@ def _from_rank_0(engine: "Engine", read: Callable[[], Any]) -> Any:
     return outcome["value"]
 
 
-def _verify(checkpoint: Checkpoint, engine: "Engine") -> None:
+def _verify(checkpoint: Checkpoint, engine: "Engine", beat: Beat) -> None:
     """Each tensor by one rank. Raises, on every rank, DamagedCheckpoint where one is damaged, InputError where a rank
     does not see what rank 0 does."""
     host = socket.gethostname()
@@ -85,18 +86,23 @@ def _verify(checkpoint: Checkpoint, engine: "Engine") -> None:
     dealt = deal({name: [checkpoint.num_bytes(name)] * engine.world_size for name in checkpoint.names})
     mine = [name for name in checkpoint.names if dealt[name] == engine.rank]
     seen_by = f" (seen by rank {engine.rank} on {host})" if engine.world_size > 1 else ""
-    found = values_of_all([f"{damage}{seen_by}" for damage in checkpoint.verify(mine)], engine)
+    try:
+        damages = [str(damage) for damage in checkpoint.verify(mine, progress=lambda _: beat("verifying"))]
+    except OSError as error:  # of this rank's way to the storage: told to all, or the others would wait
+        damages = [f"it cannot be read: {error}"]
+    found = values_of_all([f"{damage}{seen_by}" for damage in damages], engine)
     if said := [sentence for sentences in found for sentence in sentences]:
         more = f", and {len(said) - 1} more" if len(said) > 1 else ""
         raise DamagedCheckpoint(f"checkpoint {checkpoint.path} is damaged: {said[0]}{more}")
 
 
-def _load(checkpoint: Checkpoint, engine: "Engine") -> None:
+def _load(checkpoint: Checkpoint, engine: "Engine", beat: Beat) -> None:
     """Raises InputError on every rank where a tensor was wanted by none."""
     wanted = dict.fromkeys(checkpoint.names, 0)
 
     def read(name: str, start: int, numel: int) -> Tensor:
         values = checkpoint.read(name, start, numel)
+        beat("loading")
         wanted[name] = 1
         return values
 

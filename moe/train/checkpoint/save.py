@@ -4,6 +4,7 @@ and flushes its shard; when all shards lie on the disk, a thread of rank 0 write
 Threads talk to no other rank: what they have done is asked for by `poll`, once a step.
 """
 
+import contextlib
 import logging
 import os
 import shutil
@@ -175,9 +176,10 @@ def _in_thread(work: Callable[[], Any]) -> Future:
     future: Future = Future()
 
     def run() -> None:
-        if sys.platform == "linux":  # elsewhere it would be the process's
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
         try:
+            if sys.platform == "linux":  # elsewhere it would be the process's
+                with contextlib.suppress(OSError):
+                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
             future.set_result(work())
         except BaseException as error:
             future.set_exception(error)

@@ -52,7 +52,7 @@ def test_every_batch_is_shown(make_anchor, packed, make_documents, monkeypatch):
     assert all(parameter.grad is None for parameter in decoder.parameters())
 
 
-@pytest.mark.parametrize("world_size", [3, 5, 20])
+@pytest.mark.parametrize("world_size", [4, 5, 20])
 def test_all_ranks_call_the_model_as_often_and_count_each_batch_once(
     make_anchor, packed, make_documents, monkeypatch, world_size
 ):  # fmt: skip

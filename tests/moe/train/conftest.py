@@ -28,6 +28,7 @@ def process_group(free_port):
         for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": free_port()}.items():
             patch.setenv(name, str(value))
         patch.setenv("MASTER_ADDR", "127.0.0.1")
+        patch.setattr("moe.train.checkpoint.save.SHARE", 1.0)  # or saves would outlast these short runs
         patch.setattr("moe.train.flops.PROBE_WIDTH", 64)  # the peak's measurement would be most of a test's time
         connect()
         yield

@@ -5,6 +5,7 @@ of sums; over many updates of a float32 model that stays a few roundings as long
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ MODEL = dict(
     mixture=dict(num_experts=4, top_k=2, d_ff=24, shared_d_ff=8),
 )  # fmt: skip
 TRAIN = dict(
-    batch_size=8, micro_batch_size=2, optimizer="sgd", learning_rate=0.3, weight_decay=0.1, checkpoint_every=1000,
+    batch_size=8, micro_batch_size=2, optimizer="sgd", learning_rate=0.2, weight_decay=0.1, checkpoint_every=1000,
     evaluate_every=1000,
 )  # fmt: skip
 
@@ -36,7 +37,7 @@ def tasks(root: Path, layout: tuple[int, int], jobs: dict[str, dict], steps: int
             "text": str(root / "text"), "vocabulary": 280, "model": MODEL, "stop_after": 0, "expert": layout[1],
             "train": {**TRAIN, "steps": steps, "zero_stage": job["stage"], "attention_dropout": 0.1,
                       "recompute_layers": layout[1] > 1},
-            "balance": {"method": job["method"], "weight": 0.1, "bias_step": 0.01, "z_loss_weight": 1e-2},
+            "balance": {"method": job["method"], "weight": 0.02, "bias_step": 0.01, "z_loss_weight": 1e-3},
             **LAYOUTS[layout],
         }
         for name, job in jobs.items()
@@ -105,3 +106,42 @@ def test_fifty_updates_are_the_same(tmp_path, tokenizer, make_documents, run_ran
             worst = {what: max(found[what], worst.get(what, 0.0)) for what in found}
     print("largest", worst)
     assert worst["loss"] < 2e-6 and max(worst.values()) < 5e-5, worst
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_every_layout_goes_on_from_every_other(tmp_path, tokenizer, make_documents, run_ranks):
+    """Begun in one layout and stage and finished in another, with AdamW: the losses of a run that never stopped."""
+    shards.write(tmp_path / "text", make_documents(300), tokenizer)
+    places = [(layout, stage) for layout in ((1, 1), (2, 1), (2, 2), (4, 2)) for stage in (1, 2)]
+    half, whole = 4, 8
+
+    def task(folder: Path, place, stop_after: int = 0) -> dict:
+        layout, stage = place
+        made, = tasks(tmp_path, layout, {"": {"method": "bias", "stage": stage}}, whole)
+        made["train"] |= {"optimizer": "adamw", "learning_rate": 3e-3}
+        return made | {"folder": str(folder), "stop_after": stop_after}
+
+    def name(place) -> str:
+        return "-".join(map(str, (*place[0], place[1])))
+
+    def do(todo: list[tuple[tuple, dict]]) -> None:
+        for world_size in sorted({place[0][0] for place, _ in todo}):
+            mine = [each for place, each in todo if place[0][0] == world_size]
+            (tmp_path / "tasks.json").write_text(json.dumps(mine))
+            run_ranks(world_size, SCRIPT, tmp_path / "tasks.json", tmp_path, seconds=500)
+
+    do([((each := ((1, 1), 1)), task(tmp_path / "straight", each))])
+    do([(place, task(tmp_path / "begun" / name(place), place, half)) for place in places])
+    pairs = [(begun, ended) for begun in places for ended in places]
+    for begun, ended in pairs:
+        shutil.copytree(tmp_path / "begun" / name(begun), tmp_path / "pairs" / f"{name(begun)}_{name(ended)}")
+    do([(ended, task(tmp_path / "pairs" / f"{name(begun)}_{name(ended)}", ended)) for begun, ended in pairs])
+    want = [row["loss"] for row in read(tmp_path / "straight" / "metrics.jsonl")]
+    worst = 0.0
+    for begun, ended in pairs:
+        got = [row["loss"] for row in read(tmp_path / "pairs" / f"{name(begun)}_{name(ended)}" / "metrics.jsonl")]
+        assert len(got) == len(want) == whole
+        worst = max(worst, *(abs(b / a - 1) for a, b in zip(want, got, strict=True)))
+    print(f"{len(pairs)} pairs; largest relative difference of a loss {worst:.1e}")
+    assert worst < 2e-6
