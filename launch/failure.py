@@ -1,5 +1,6 @@
 """What the end of a Ray Train job means: out of what Ray wraps around it, one sentence and whether to try again."""
 
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,11 +8,14 @@ from typing import Any
 
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError
 
+from moe.train.checkpoint import SaveFailed
+from moe.train.finite import NotFinite
 from moe.train.watchdog import diagnose, host_of, read_rank
 
 # What torch and gloo say on a rank that has lost another one: that one's end is the story.
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "recv failed",
              "connectFullMesh failed", "NCCL")  # fmt: skip
+FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_ROOM = ("WorkerGroupStartupTimeoutError", "InsufficientClusterResourcesError")  # Ray's own, which it does not export
 
 
@@ -20,6 +24,7 @@ class Failure:
     reason: str  # a clause that names the rank and the host
     machine: bool  # a process or machine was lost, and not: the code has raised an error
     no_room: bool = False  # the workers could not be placed; nothing has run
+    final: bool = False  # another attempt would end the same, until somebody has mended something
 
 
 def explain(error: BaseException, ranks: Path, size: int, homeless: Sequence[int] = ()) -> Failure:
@@ -39,7 +44,7 @@ def explain(error: BaseException, ranks: Path, size: int, homeless: Sequence[int
     raised = {rank: cause(failure) for rank, failure in sorted(failures.items())}
     for rank, failure in raised.items():
         if not _lost_peer(failure):
-            return Failure(f"rank {rank}{host_of(read_rank(ranks, rank))} raised {_named(failure)}", machine=False)
+            return _raised(f"rank {rank}{host_of(read_rank(ranks, rank))}", failure, ranks.parent)
     if raised:
         told = ", ".join(map(str, raised))
         return Failure(f"rank {told} lost the connection to another ({_named(next(iter(raised.values())))})", True)
@@ -48,6 +53,15 @@ def explain(error: BaseException, ranks: Path, size: int, homeless: Sequence[int
         return Failure("the workers could not be placed", machine=True, no_room=True)
     machine = isinstance(inner, RayError) or type(inner).__module__.startswith("ray.")
     return Failure(f"Ray's controller of the job ended with {_named(inner)}", machine)
+
+
+def _raised(who: str, error: BaseException, folder: Path) -> Failure:
+    """Of a rank whose code has raised an error; `folder` is where the job writes."""
+    if isinstance(error, SaveFailed | NotFinite):  # every rank has raised the same, and it names what is at fault
+        return Failure(_first_line(error), machine=False, final=True)
+    if isinstance(error, OSError) and error.errno in FULL:
+        return Failure(f"{who} could not write to {folder}: {error.strerror}", machine=False, final=True)
+    return Failure(f"{who} raised {_named(error)}", machine=False)
 
 
 def cause(error: BaseException) -> BaseException:
@@ -70,7 +84,8 @@ def _lost_peer(failure: BaseException) -> bool:
 
 
 def _named(error: BaseException) -> str:
-    first_line = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {first_line}"
+    return f"{type(error).__name__}: {_first_line(error)}"
 
 
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "")

@@ -10,15 +10,12 @@ What has happened is told in a line, and written to the stage's events.jsonl; wh
 failure-N, N counting attempts.
 """
 
-import contextlib
-import json
-import os
-import re
 import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +24,17 @@ from ray.exceptions import RayError
 
 from launch.failure import Failure, explain
 from launch.graph import RunFailed, Stopped
+from launch.journal import Journal, Saved
 from launch.room import Label, Look, Room
 from moe.config import ClusterConfig
 from moe.errors import InputError
 
 POLL_SECONDS = 1.0  # between looks at the nodes, while it runs
 GROW_SECONDS = 5.0  # that room for more must have lasted before a job is stopped to take it
-NO_ROOM_SECONDS = 600.0  # for which a job is left at its size where others have turned out to hold what looked free
-STEP = re.compile(r"step-(\d{8})")
+RUN_SECONDS = 60.0  # that a job trains at least before that, and
+STARTS = 10  # times as long as its start has taken: each resizing costs another one
+NO_ROOM_SECONDS = 600.0  # for which a job is left at its size where others have turned out to hold what looked free;
+# twice as long each further time
 
 Fit = Callable[[int, int], None]  # fit(attempt, size): run one attempt to its end; raises what ended it
 
@@ -64,11 +64,13 @@ class Gang:
         self._board, self._room, self._look = board, room, look
         self._stopping = threading.Event()
         self._end: Future | None = None
+        self._abandoned = threading.Event()
+        self._place = room.place(self.sizes[0], label)
         self._asked = ""  # why this attempt was asked to stop: the event that it will be
-        self._crowded: tuple[float, set[str]] = (-NO_ROOM_SECONDS, set())  # when others held what looked free; nodes
-        self._saved = 0  # updates that the newest checkpoint held at the last failure
-        self._writing, self._posted = threading.Lock(), False
-        self._events: list[dict[str, Any]] = []  # from before the job: the stage's folder may be another's until then
+        self._crowded: tuple[float, set[str]] = (0.0, set())  # until when others are taken to hold what looks free; nodes
+        self._refusals = 0  # times in a row that they did
+        self._posted = 0.0  # when the job came
+        self._journal, self._saved = Journal(folder), Saved(folder / "checkpoints")
 
     def prepare(self) -> None:
         """Start the workers, once; they wait on the board for their job."""
@@ -79,16 +81,17 @@ class Gang:
     def run(self, job: dict[str, Any]) -> None:
         """Give the workers their job and wait for its end. Raises Stopped where they stopped at a checkpoint because
         `stop` had asked for it, InputError where one found its input wrong, RunFailed where the job is given up."""
-        self._saved = self._checkpoint()
-        with self._writing:
-            self._posted = True
-            self._write_events()
+        self._journal.open()
         self.prepare()
+        self._posted = time.monotonic()
+        self._room.ready(self._place)
         ray.get(self._board.post.remote(self.stage, job))
         self._end.result()
 
     def abandon(self) -> None:
         """There will be no job."""
+        self._abandoned.set()
+        self._room.end(self._place)
         ray.get(self._board.post.remote(self.stage, None))
 
     def stop(self) -> None:
@@ -104,12 +107,14 @@ class Gang:
             self._end.set_exception(gone)
         except BaseException as error:
             self._end.set_exception(error)
+        finally:
+            self._room.end(self._place)
 
     def _go(self) -> None:
-        attempt, failures, last = 0, 0, None
+        attempt, failures, last = self._journal.last_attempt(), 0, None
         sizes, before, no_room_since = self.sizes, None, None
         while True:
-            with self._room.take(sizes, self.label, _Patience(self)) as size:
+            with self._room.take(self._place, sizes, _Patience(self)) as size:
                 if self._stopping.is_set():
                     raise Stopped
                 attempt += 1
@@ -117,31 +122,41 @@ class Gang:
                     self._say(f"{self.stage}: now with {size} worker{'s' * (size > 1)} instead of {before}")
                 before = size
                 self._event("started", attempt, size, None)
+                saved = self._saved.look()
                 error = self._attempt(attempt, size)
+                first = ray.get(self._board.first.remote(self.stage, attempt))
+                more = self._saved.progress(saved, None if first is None else first - 1)
             event = self._ending(attempt, size, error)
             if event is None:
                 return
             sizes, failure = self.sizes, event if isinstance(event, Failure) else None
-            if failure is None:  # resized or pre-empted: as asked, at a checkpoint
-                failures = 0
+            if failure is None:  # resized, pre-empted or displaced: as asked, at a checkpoint
+                failures, no_room_since, self._refusals = 0, None, 0
                 continue
             if failure.no_room:  # others hold it: try what is smaller, if anything is, and everything after that
-                no_room_since = no_room_since or time.monotonic()
-                self._crowded = time.monotonic(), {node.id for node in self._look()}
-                if time.monotonic() - no_room_since > self._config.wait_seconds:
-                    raise self._given_up(failure, 1) from error
+                now = time.monotonic()
+                no_room_since = no_room_since or now
+                self._crowded = now + NO_ROOM_SECONDS * 2**self._refusals, {node.id for node in self._look()}
+                self._refusals += 1
+                if now - no_room_since > self._config.wait_seconds:
+                    raise RunFailed(
+                        f"others hold the cluster: it has room for {size} workers, and for {self._config.wait_seconds:g} "
+                        f"s (cluster.wait_seconds) no places were found for them; {self._kept()}"
+                    ) from error
                 sizes = tuple(n for n in self.sizes if n < size) or self.sizes
                 self._say(f"{self.stage}: no places for {size} workers were found on a cluster that has room for them: "
                           f"others use it, or a node is lost; trying again with {sizes[0]}")
                 continue
             no_room_since = None
-            if (now := self._checkpoint()) > self._saved:
-                self._saved, failures, last = now, 0, None
+            if more:
+                failures, last = 0, None
             failures += 1
+            if failure.final:
+                raise self._given_up(failure, 1) from error
             if failures > self._config.max_failures or (not failure.machine and failure == last):
                 raise self._given_up(failure, failures) from error
             last = failure
-            self._say(f"{self.stage}: {failure.reason}; going on {self._from_where()} (see {self._failure(attempt)})")
+            self._say(f"{self.stage}: {failure.reason}; going on {self._from_where()} (see {self._journal.failure(attempt)})")
 
     def _attempt(self, attempt: int, size: int) -> BaseException | None:
         """Run one attempt; what ended it, where it did not return."""
@@ -170,99 +185,111 @@ class Gang:
             places = ray.get(self._board.places.remote(self.stage, attempt))
             homeless = sorted(rank for rank, node in places.items() if node not in here)
             failure = explain(error, self._ranks, size, homeless)
-            self._keep(attempt, error)
+            self._journal.keep(attempt, self._ranks, error)
             self._event("no room" if failure.no_room else "failed", attempt, size, failure.reason)
             if self._stopping.is_set() and failure.machine:
                 raise Stopped
             return failure
-        if kind in ("", "finished"):  # nothing at all is said by workers who were told that there is no job
+        displaced = not kind and self._asked.startswith("displaced") and not self._abandoned.is_set()
+        if kind in ("", "finished") and not displaced:  # nothing at all is said by workers who were told that there is no job
             self._event(kind or "abandoned", attempt, size, None)
             return None
         if self._stopping.is_set():
             self._event("stopped", attempt, size, None)
             raise Stopped
         event = self._asked.partition(":")[0] or kind
-        assert event in ("resized", "preempted"), f"{self.stage} stopped, and nobody had asked it to"
+        assert event in ("resized", "preempted", "displaced"), f"{self.stage} stopped, and nobody had asked it to"
         reason = self._asked.partition(": ")[2] or f"{what} was told to go (SIGTERM)"
         self._event(event, attempt, size, reason)
-        self._say(f"{self.stage}: {reason}; stopped at a checkpoint; going on {self._from_where()}")
+        if not displaced:  # which has cost nothing
+            self._say(f"{self.stage}: {reason}; stopped at a checkpoint; going on {self._from_where()}")
         return event
 
-    def _keep(self, attempt: int, error: BaseException) -> None:
-        """Put what is known of a failure where the next attempt does not write."""
-        kept = self._failure(attempt)
-        shutil.rmtree(kept, ignore_errors=True)  # of an earlier run
-        with contextlib.suppress(FileNotFoundError):  # no rank had come so far
-            os.replace(self._ranks, kept)
-        kept.mkdir(parents=True, exist_ok=True)
-        (kept / "error.txt").write_text(str(error))  # with the traceback of each rank that raised something
-
     def _watch(self, attempt: int, size: int, over: threading.Event) -> None:
-        """While an attempt runs: where there is room for a larger one, or one of its nodes is about to go, ask it to
-        stop at a checkpoint."""
-        hosts: dict[str, str] = {}
-        since = None  # when room for more was seen first
+        """While an attempt runs: where there is a reason to, ask it to stop at a checkpoint."""
+        seen, said = _Seen(attempt, size, time.monotonic()), False
         while not over.wait(POLL_SECONDS):
             try:
-                here = {node.id: node.host for node in self._look()}
-                places = ray.get(self._board.places.remote(self.stage, attempt))
-                larger = self._room.larger(size, self.sizes, self.label)
-                hosts |= here
-                since = (since or time.monotonic()) if larger > size and not self._still_crowded(set(here)) else None
-                if leaving := [node for node in places.values() if node not in here]:
-                    self._asked = f"preempted: node {hosts.get(leaving[0], leaving[0])} is about to leave the cluster"
-                elif since is not None and time.monotonic() - since >= GROW_SECONDS:
-                    larger = self._room.larger(size, self.sizes, self.label, sure=True)  # a dead node looks alive
-                    if larger > size:
-                        self._asked = f"resized: there is room for {larger} workers where {size} run{'s' * (size == 1)}"
+                self._asked = self._why_to_stop(seen)
                 if self._asked:
                     ray.get(self._board.ask.remote(self.stage, attempt))
                     return
             except RayError:  # the attempt will end of that, and say so
                 continue
+            except Exception as error:  # the next look may go well
+                if not said:
+                    said = True
+                    self._say(f"{self.stage}: the cluster could not be looked at ({type(error).__name__}: "
+                              f"{_first_line(error)}); trying again")
+
+    def _why_to_stop(self, seen: "_Seen") -> str:
+        """EVENT: why, where one of its nodes is about to go, there is room for a larger one, or, as long as it has no
+        job, a job waits for the room; else nothing."""
+        if not self._place.ready:
+            return "displaced: another job needs the room" if self._room.wanted(self._place) else ""
+        here = {node.id: node.host for node in self._look()}
+        places = ray.get(self._board.places.remote(self.stage, seen.attempt))
+        seen.hosts |= here
+        if leaving := [node for node in places.values() if node not in here]:
+            return f"preempted: node {seen.hosts.get(leaving[0], leaving[0])} is about to leave the cluster"
+        if not self._has_run(seen) or self._still_crowded(set(here)) or not self._larger(seen):
+            seen.room_since = None
+            return ""
+        seen.room_since = seen.room_since or time.monotonic()
+        if time.monotonic() - seen.room_since < GROW_SECONDS or not (larger := self._larger(seen, sure=True)):
+            return ""  # a dead node looks alive where it is not looked at closely
+        return f"resized: there is room for {larger} workers where {seen.size} run{'s' * (seen.size == 1)}"
+
+    def _larger(self, seen: "_Seen", sure: bool = False) -> int:
+        """The size that there is room for; 0 where it is not larger."""
+        size = self._room.larger(self._place, self.sizes, sure)
+        return size if size > seen.size else 0
+
+    def _has_run(self, seen: "_Seen") -> bool:
+        """Whether it has trained for long enough to be stopped for a larger size."""
+        now = time.monotonic()
+        if seen.trains_since is None:
+            if ray.get(self._board.first.remote(self.stage, seen.attempt)) is None:
+                return False
+            seen.trains_since, seen.start = now, now - max(seen.began, self._posted)
+        return now - seen.trains_since >= max(RUN_SECONDS, STARTS * seen.start)
 
     def _still_crowded(self, here: set[str]) -> bool:
-        when, there = self._crowded
-        return here == there and time.monotonic() - when < NO_ROOM_SECONDS
+        until, there = self._crowded
+        return here == there and time.monotonic() < until
 
     def _given_up(self, failure: Failure, failures: int) -> RunFailed:
         times = f" {failures} times without a new checkpoint, the last time" if failures > 1 else ""
         return RunFailed(f"it failed{times}: {failure.reason}; {self._kept()}")
 
     def _kept(self) -> str:
-        step = self._checkpoint()
+        step = self._saved.updates()
         return (f"the checkpoint of update {step} is kept, and the same command with --resume goes on from there"
                 if step else "no checkpoint had been written")  # fmt: skip
 
     def _from_where(self) -> str:
-        step = self._checkpoint()
+        step = self._saved.updates()
         return f"from update {step}" if step else "from the beginning"
 
     def _event(self, event: str, attempt: int, size: int, reason: str | None) -> None:
-        row = {"time": time.time(), "event": event, "attempt": attempt, "size": size, "step": self._checkpoint(),
-               "reason": reason}  # fmt: skip
-        with self._writing:
-            self._events.append(row)
-            if self._posted:
-                self._write_events()
-
-    def _write_events(self) -> None:
-        with (self._folder / "events.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in self._events)
-        self._events.clear()
-
-    def _checkpoint(self) -> int:
-        """Updates that the newest checkpoint holds; 0 where there is none."""
-        folder = self._folder / "checkpoints"
-        found = (STEP.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
-        return max((int(match[1]) for match in found if match), default=0)
-
-    def _failure(self, attempt: int) -> Path:
-        return self._folder / f"failure-{attempt}"
+        self._journal.event(event, attempt, size, self._saved.updates(), reason)
 
     @property
     def _ranks(self) -> Path:
         return self._folder / "ranks"
+
+
+@dataclass
+class _Seen:
+    """What the watch over an attempt has seen so far; times are of the monotonic clock."""
+
+    attempt: int
+    size: int
+    began: float
+    start: float = 0.0  # seconds from there, or from when the job came, to the first update
+    trains_since: float | None = None
+    room_since: float | None = None  # when room for more was seen first
+    hosts: dict[str, str] = field(default_factory=dict)  # of each node that was ever there
 
 
 class _Patience:
@@ -274,7 +301,7 @@ class _Patience:
 
     def __call__(self, slots: int) -> None:
         gang, least = self._gang, self._gang.sizes[-1]
-        if gang._stopping.is_set():
+        if gang._stopping.is_set() or gang._abandoned.is_set():
             raise Stopped
         if slots >= least:
             self._since = None

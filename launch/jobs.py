@@ -75,4 +75,4 @@ class Jobs:
 
     def news(self) -> list[str]:
         """What has happened to the jobs since the last call, each in a sentence."""
-        return [self._said.get() for _ in range(self._said.qsize())]
+        return [self._said.get() for _ in range(self._said.qsize())] + ray.get(self._board.warnings.remote())

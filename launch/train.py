@@ -113,11 +113,15 @@ def _raise_first(graph: Graph, run: RunFolder) -> None:
     for stage, error in errors.items():
         if not isinstance(error, Stopped):
             story = run.stage(stage) / "error.txt"
-            story.parent.mkdir(parents=True, exist_ok=True)
-            story.write_text("".join(traceback.format_exception(graph.progress.errors[stage])))
             first_line = next(iter(str(error).strip().splitlines()), "")
             kind = "" if isinstance(error, RunFailed) else f"{type(error).__name__}: "
-            raise RunFailed(f"stage {stage} failed: {kind}{first_line} (see {story})")
+            where = f" (see {story})"
+            try:
+                story.parent.mkdir(parents=True, exist_ok=True)
+                story.write_text("".join(traceback.format_exception(graph.progress.errors[stage])))
+            except OSError:  # a full disk, which may be what has failed
+                where = ""
+            raise RunFailed(f"stage {stage} failed: {kind}{first_line}{where}")
     for error in errors.values():
         raise error
 

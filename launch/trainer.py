@@ -11,7 +11,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from launch.room import Label
 from moe.train import preemption
-from moe.train.watchdog import GRACE_SECONDS, START_SECONDS
+from moe.train.watchdog import collective_seconds
 
 
 class _GangBackend(TorchConfig().backend_cls):
@@ -30,11 +30,6 @@ class GangTorchConfig(TorchConfig):
     @property
     def backend_cls(self) -> type:
         return _GangBackend
-
-
-def collective_seconds(hang_seconds: float) -> int:
-    """The process group's limit: the watchdog, which says where it hangs, is to be first."""
-    return int(hang_seconds + START_SECONDS + GRACE_SECONDS) + 60
 
 
 def fit(

@@ -3,6 +3,7 @@
 Each imports what it needs when it runs: torch alone takes seconds, and preparing text needs none.
 """
 
+import logging
 import os
 import socket
 import time
@@ -11,7 +12,7 @@ from typing import Any
 
 import ray
 
-from launch.board import Reporter, wait_for_job
+from launch.board import Reporter, Warnings, wait_for_job
 from moe.config import PUBLIC, JobConfig
 from moe.config_file import check
 from moe.errors import InputError
@@ -39,9 +40,8 @@ def train_rank(settings: dict[str, Any]) -> None:
     stage, attempt, board = settings["stage"], settings["attempt"], settings["board"]
     rank, world_size = dist.get_rank(), dist.get_world_size()
     ray.get(board.arrive.remote(stage, attempt, rank, ray.get_runtime_context().get_node_id()))
-    if (job := wait_for_job(board, stage)) is None:
-        if preemption.noticed():
-            ray.get(board.end.remote(stage, attempt, preempted(rank)))
+    logging.getLogger("moe.train.checkpoint").addHandler(Warnings(board, stage))
+    if (job := wait_for_job(board, stage, attempt, preempted(rank))) is None:
         return
     config, run, report = check(job["config"]), RunFolder(Path(job["run"])), Reporter(board, stage, attempt)
     backend.force(config.run.backend)

@@ -7,21 +7,27 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import yaml
 
+from benchmarks.hosts import INTERFACE, Host
 from moe.train.telemetry import read
 
 ROOT = Path(__file__).parents[2]
+RAY = Path(sys.executable).with_name("ray")
 SECONDS = 120.0  # for anything to happen that is waited for
+NODE_SECONDS = 60.0  # for a node to start
 EVERY = 10  # updates between checkpoints
 
 
@@ -67,10 +73,21 @@ class Run:
     stage: str = "train"
     environment: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen | None = None
+    torchrun: bool = False  # instead of the command
+    host: Host | None = None  # where the driver runs
+
+    @property
+    def root(self) -> Path:
+        return self.clinic / "runs" / self.name
 
     @property
     def folder(self) -> Path:
-        return self.clinic / "runs" / self.name / "stages" / self.stage
+        return self.root / "stages" / self.stage
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """Newest first."""
+        return sorted((self.folder / "checkpoints").glob("step-*"), reverse=True)
 
     @property
     def faults(self) -> Path:
@@ -79,10 +96,13 @@ class Run:
     def start(self, *arguments: str) -> "Run":
         self.faults.mkdir(exist_ok=True)
         self.log = self.clinic / f"{self.name}.log"
+        command = ("-c", "from launch.cli import main; main()", "train")
+        if self.torchrun:
+            command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "moe.job")
+        argv = [sys.executable, *command, str(self.clinic / "config.yaml"), f"run.name={self.name}", *arguments]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", "from launch.cli import main; main()", "train", str(self.clinic / "config.yaml"),
-                 f"run.name={self.name}", *arguments],
+                self.host.command(argv) if self.host else argv,
                 cwd=self.clinic,
                 env={**os.environ, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "FAULTS": str(self.faults),
                      **self.environment},
@@ -96,13 +116,15 @@ class Run:
 
     def step(self) -> int:
         """Updates that metrics.jsonl shows."""
-        path = self.folder / "metrics.jsonl"
-        rows = read(path) if path.is_file() else []
+        rows = self.rows()
         return rows[-1]["step"] if rows else 0
 
+    def rows(self) -> list[dict]:
+        path = self.folder / "metrics.jsonl"
+        return read(path) if path.is_file() else []
+
     def saved(self) -> int:
-        steps = (re.fullmatch(r"step-(\d{8})", path.name) for path in (self.folder / "checkpoints").glob("step-*"))
-        return max((int(match[1]) for match in steps if match), default=0)
+        return max((int(path.name.removeprefix("step-")) for path in self.checkpoints), default=0)
 
     def events(self) -> list[dict]:
         path = self.folder / "events.jsonl"
@@ -134,28 +156,143 @@ class Run:
         self.until(lambda: went_on < self.step() and rows.stat().st_mtime > self.events()[-1]["time"])
         seconds = time.monotonic() - began
         assert step - went_on <= 2 * EVERY, f"more than the updates since the last checkpoint: {step} -> {went_on}"
-        if table := os.environ.get("POLYCLINIC_FAULT_TABLE"):
-            row = {"fault": fault, "lost_updates": max(0, step - went_on), "seconds": round(seconds, 1)}
-            with open(table, "a") as file:
-                file.write(json.dumps(row) + "\n")
+        _tell(fault, max(0, step - went_on), seconds)
         return next((event for event in self.events()[attempts:] if event["event"] != "started"), None)
+
+    def resume(self, fault: str, *arguments: str) -> int:
+        """Go on with a run that the fault has ended; the update from which it has gone on, once it has made another."""
+        began, before = time.monotonic(), self.rows()
+        # Rows of updates that are made again are dropped: those that stay are known by a mark.
+        marked = "".join(json.dumps(row | {"before": True}) + "\n" for row in before)
+        (self.folder / "metrics.jsonl").write_text(marked)
+        self.start("--resume", *arguments)
+
+        def new() -> list[dict]:
+            return [row for row in self.rows() if "before" not in row]
+
+        self.until(new)
+        went_on, step = new()[0]["step"] - 1, before[-1]["step"]
+        assert step - went_on <= 2 * EVERY, f"more than the updates since the older checkpoint: {step} -> {went_on}"
+        _tell(fault, step - went_on, time.monotonic() - began)
+        return went_on
+
+    def wait(self) -> int:
+        """For its end; the exit status."""
+        return self.process.wait(timeout=SECONDS)
 
     def end(self, number: int = signal.SIGINT) -> int:
         self.process.send_signal(number)
-        return self.process.wait(timeout=SECONDS)
+        return self.wait()
+
+    def kill(self) -> None:
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def begun(clinic) -> Iterator[Run]:
+    """A run that was stopped when it had two checkpoints."""
+    run = Run(clinic, "begun").start()
+    try:
+        run.until_step(2 * EVERY + 2)
+        assert run.end() == 130 and len(run.checkpoints) == 2
+        yield run
+    finally:
+        run.kill()
+
+
+def _tell(fault: str, lost_updates: int, seconds: float) -> None:
+    if table := os.environ.get("POLYCLINIC_FAULT_TABLE"):
+        row = {"fault": fault, "lost_updates": lost_updates, "seconds": round(seconds, 1)}
+        with open(table, "a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 @pytest.fixture
-def run(clinic, request):
-    """A function: start a run of this test's name. What is left of it is ended."""
-    started: list[Run] = []
+def made(clinic, request) -> Iterator[Callable[..., Run]]:
+    """A function: a run of this test's name that has not been started. What is left of it is ended."""
+    found: list[Run] = []
 
-    def make(*arguments: str, **environment: str) -> Run:
+    def make(**named) -> Run:
         name = re.sub(r"[^A-Za-z0-9._-]", "-", request.node.name)
-        started.append(Run(clinic, name, environment=environment))
-        return started[-1].start(*arguments)
+        found.append(Run(clinic, name, **named))
+        return found[-1]
 
     yield make
-    for each in started:
-        each.process.kill()
-        each.process.wait()
+    for each in found:
+        each.kill()
+
+
+@pytest.fixture
+def run(made):
+    """A function: start a run of this test's name."""
+    return lambda *arguments, **environment: made(environment=environment).start(*arguments)
+
+
+class Cluster:
+    """Ray nodes, each of its own processes, on this machine or on the hosts given. On this machine the head has no
+    slots; all others have one."""
+
+    def __init__(self, path: str, folder: Path, hosts: list[Host] | None = None):
+        self.environment = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+        self.path, self.folder, self.nodes = path, folder, []
+        port, head = 6379, hosts[0] if hosts else None
+        if head:
+            self.environment["GLOO_SOCKET_IFNAME"] = INTERFACE
+        else:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+        self.address = f"{head.address if head else '127.0.0.1'}:{port}"
+        self._start(head, "--head", f"--port={port}", f"--num-cpus={1 if head else 0}", "--include-dashboard=false",
+                    f"--temp-dir={folder}")  # fmt: skip
+
+    def add(self, host: Host | None = None, **labels: str) -> subprocess.Popen:
+        said = [f"--labels={','.join(f'{key}={value}' for key, value in labels.items())}"] if labels else []
+        return self._start(host, f"--address={self.address}", "--num-cpus=1", *said)
+
+    def _start(self, host: Host | None, *arguments: str) -> subprocess.Popen:
+        """One after another: two that start at once on one machine get in each other's way."""
+        log = self.folder / f"node-{len(self.nodes)}.log"
+        argv = [str(RAY), "start", "--block", f"--node-ip-address={host.address if host else '127.0.0.1'}", *arguments]
+        with log.open("w") as file:
+            node = subprocess.Popen(
+                host.command(argv) if host else argv,
+                env={**os.environ, **self.environment, "PYTHONPATH": self.path, "FAULTS": str(self.folder)},
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+        self.nodes.append(node)
+        deadline = time.monotonic() + NODE_SECONDS
+        while "Ray runtime started" not in log.read_text():
+            assert node.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        return node
+
+    def kill(self, node: subprocess.Popen) -> None:
+        """All processes of a node at once, as when its power fails."""
+        os.killpg(node.pid, signal.SIGKILL)
+        node.wait()
+
+    def stop(self) -> None:
+        for node in reversed(self.nodes):
+            if node.poll() is None:
+                self.kill(node)
+
+
+@pytest.fixture
+def make_cluster() -> Iterator[Callable[..., Cluster]]:
+    """A function: a cluster, on hosts where some are given. It is gone after the test."""
+    folder = Path(tempfile.mkdtemp(prefix="pc"))  # Ray's sockets lie there, whose paths have to be short
+    clusters: list[Cluster] = []
+
+    def make(hosts: list[Host] | None = None) -> Cluster:
+        clusters.append(Cluster(f"{ROOT}:{Path(__file__).parent}", folder, hosts))
+        return clusters[-1]
+
+    yield make
+    for cluster in clusters:
+        cluster.stop()
+    shutil.rmtree(folder, ignore_errors=True)

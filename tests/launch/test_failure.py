@@ -1,5 +1,6 @@
 """What the end of a Ray Train job means: the rank that is the cause, not those that fell over it."""
 
+import errno
 import json
 
 import pytest
@@ -12,6 +13,8 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from launch.failure import explain
+from moe.train.checkpoint import SaveFailed
+from moe.train.finite import NotFinite
 from moe.train.watchdog import RECORD_BYTES
 
 LOST_PEER = RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection closed by peer [127.0.0.1]:4242")
@@ -58,7 +61,18 @@ def group(**failures):
 def test_one_clause_names_the_rank_and_what_happened(ranks, error, machine, part):
     failure = explain(error, ranks, 2)
     assert part in failure.reason and "\n" not in failure.reason and failure.machine is machine, failure
-    assert not failure.no_room
+    assert not failure.no_room and not failure.final
+
+
+@pytest.mark.parametrize("error, reason", [
+    pytest.param(SaveFailed("checkpoint x could not be written"), "checkpoint x could not be written", id="saving"),
+    pytest.param(NotFinite("4 updates in a row had no number"), "4 updates in a row had no number", id="numbers"),
+    pytest.param(OSError(errno.ENOSPC, "No space left on device"),
+                 "rank 0 on host-0 could not write to {folder}: No space left on device", id="anything-else"),
+])  # fmt: skip
+def test_what_would_come_again_is_final(ranks, error, reason):
+    failure = explain(group(rank0=raised(error), rank1=raised(LOST_PEER)), ranks, 2)
+    assert failure.final and not failure.machine and failure.reason == reason.format(folder=ranks.parent), failure
 
 
 def test_workers_that_found_no_place_have_not_failed(ranks):

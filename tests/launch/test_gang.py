@@ -2,6 +2,7 @@
 
 import json
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,12 +26,14 @@ class Board:
 
     def __init__(self):
         self.endings, self.asked, self.placed = {}, threading.Event(), {}
+        self.first = {}  # update of each attempt
 
     def __getattr__(self, method):
         answer = {
             "post": lambda stage, job: None,
             "ending": lambda stage, attempt: self.endings.get(attempt, ""),
             "places": lambda stage, attempt: self.placed,
+            "first": lambda stage, attempt: self.first.get(attempt),
             "ask": lambda stage, attempt: self.asked.set(),
         }[method]
         return SimpleNamespace(remote=answer)
@@ -90,6 +93,8 @@ def no_ray(monkeypatch):
     monkeypatch.setattr(gang_module, "explain", lambda error, ranks, size, homeless: error.failure)
     monkeypatch.setattr(gang_module, "POLL_SECONDS", 0.005)
     monkeypatch.setattr(gang_module, "GROW_SECONDS", 0.02)
+    monkeypatch.setattr(gang_module, "RUN_SECONDS", 0.02)
+    monkeypatch.setattr(gang_module, "STARTS", 0)
     monkeypatch.setattr(room_module, "POLL_SECONDS", 0.005)
 
 
@@ -146,6 +151,27 @@ def test_an_error_of_the_code_that_comes_again_word_for_word_is_not_tried_a_thir
         made.run(RAISED, RAISED)
 
 
+def test_what_would_come_again_is_not_tried_a_second_time(clinic):
+    made = clinic(max_failures=9)
+    full = Failure("checkpoint x could not be written by rank 1", machine=False, final=True)
+    with pytest.raises(RunFailed, match="^it failed: checkpoint x could not .*; the checkpoint of update 10 is kept"):
+        made.run(made.save(10, full))
+    assert made.sizes == [4]
+
+
+def test_a_disk_that_takes_nothing_does_not_hide_what_has_failed(clinic, monkeypatch):
+    made = clinic()
+
+    def full(self, *_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "open", full)
+    made.run(KILLED, "finished")
+    assert made.said[0].startswith("train: rank 1 on host died; going on from the beginning")
+    assert [row["event"] for row in made.gang._journal.events] == ["started", "failed", "started", "finished"]
+
+
 def test_wrong_input_is_the_users_and_not_tried_again(clinic):
     made = clinic()
 
@@ -195,6 +221,7 @@ def test_room_for_more_is_taken_at_a_checkpoint(clinic):
 
     def comes():
         made.nodes.append(Node("new", "new host", 1))
+        made.board.first[1] = 11
         assert made.board.asked.wait(10)
         return made.save(20, "stopped")()
 
@@ -239,7 +266,8 @@ def test_too_small_a_cluster_is_waited_for_and_then_given_up(clinic):
 
 def test_jobs_of_the_same_run_are_waited_for_as_long_as_they_take(clinic):
     made = clinic(nodes=2, sizes=(2,), wait_seconds=0.0)
-    with made.gang._room.take((2,), None, lambda slots: None):
+    room = made.gang._room
+    with room.take(room.place(2, None), (2,), lambda slots: None):
         made.ends = ["finished"]
         made.gang.prepare()
         assert not threading.Event().wait(0.1) and not made.gang._end.done()

@@ -24,17 +24,24 @@ def room_of(nodes):
     return Room(lambda sure=False: nodes)
 
 
+def take(shared, sizes, label, waiting):
+    """By a job that is ready and stands last in the line."""
+    place = shared.place(sizes[0], label)
+    shared.ready(place)
+    return shared.take(place, sizes, waiting)
+
+
 @pytest.mark.parametrize("slots, want", [(8, 4), (4, 4), (3, 2), (2, 2), (1, 1)])
 def test_the_largest_size_that_fits_is_taken(slots, want):
-    with room_of(holds(slots)).take((4, 2, 1), None, never) as size:
+    with take(room_of(holds(slots)), (4, 2, 1), None, never) as size:
         assert size == want
 
 
 def test_a_job_of_a_label_has_the_nodes_of_that_label_only():
     shared = room_of(holds(2, label=A) + holds(1, label=B) + holds(4))
-    with shared.take((4, 2, 1), A, never) as of_a, shared.take((4, 2, 1), B, never) as of_b:
+    with take(shared, (4, 2, 1), A, never) as of_a, take(shared, (4, 2, 1), B, never) as of_b:
         assert (of_a, of_b) == (2, 1)
-        with shared.take((8, 4, 2), None, never) as anywhere:
+        with take(shared, (8, 4, 2), None, never) as anywhere:
             assert anywhere == 4
 
 
@@ -46,7 +53,7 @@ def test_a_job_of_no_label_may_sit_on_anybodys_nodes():
         waits.append(slots)
         raise TimeoutError
 
-    with shared.take((2,), None, never), pytest.raises(TimeoutError), shared.take((2,), A, waiting):
+    with take(shared, (2,), None, never), pytest.raises(TimeoutError), take(shared, (2,), A, waiting):
         pass
     assert waits == [2]
 
@@ -57,7 +64,7 @@ def test_jobs_wait_until_there_is_room_for_all_of_their_workers(monkeypatch):
     lock = threading.Lock()
 
     def work(workers):
-        with shared.take((workers,), None, lambda slots: None) as size:
+        with take(shared, (workers,), None, lambda slots: None) as size:
             with lock:
                 inside.append(size)
                 most.append(sum(inside))
@@ -75,9 +82,9 @@ def test_jobs_wait_until_there_is_room_for_all_of_their_workers(monkeypatch):
 
 def test_room_is_given_back_by_a_job_that_fails():
     shared = room_of(holds(2))
-    with pytest.raises(RuntimeError), shared.take((2,), None, never):
+    with pytest.raises(RuntimeError), take(shared, (2,), None, never):
         raise RuntimeError("boom")
-    with shared.take((2,), None, never):
+    with take(shared, (2,), None, never):
         pass
 
 
@@ -90,19 +97,75 @@ def test_a_node_that_comes_ends_the_wait(monkeypatch):
         waits.append(slots)
         nodes.extend(holds(1))
 
-    with room_of(nodes).take((2,), None, waiting) as size:
+    with take(room_of(nodes), (2,), None, waiting) as size:
         assert size == 2 and waits == [1]
 
 
 def test_room_for_more_is_seen_by_the_job_that_runs():
     nodes = holds(2)
     shared = room_of(nodes)
-    with shared.take((4, 2), None, never) as size:
-        assert shared.larger(size, (4, 2), None) == 2
+    place = shared.place(4, None)
+    with shared.take(place, (4, 2), never):
+        assert shared.larger(place, (4, 2)) == 2
         nodes.extend(holds(1))
-        assert shared.larger(size, (4, 2), None) == 2, "three is not a size of this job"
+        assert shared.larger(place, (4, 2)) == 2, "three is not a size of this job"
         nodes.extend(holds(1))
-        assert shared.larger(size, (4, 2), None) == 4
+        assert shared.larger(place, (4, 2)) == 4
+
+
+def full(slots):
+    raise TimeoutError
+
+
+def test_who_is_not_ready_leaves_what_jobs_before_it_may_need():
+    shared = room_of(holds(3))
+    first, *later = (shared.place(most, None) for most in (2, 1, 1))
+    shared.ready(first)
+    with shared.take(later[0], (1,), never):  # although the first has nothing yet
+        with pytest.raises(TimeoutError), shared.take(later[1], (1,), full):
+            pass
+        with shared.take(first, (2,), never):
+            pass
+        with pytest.raises(TimeoutError), shared.take(later[1], (1,), full):  # it may come again
+            pass
+        shared.end(first)
+        with shared.take(later[1], (1,), never):
+            pass
+
+
+def test_who_is_ready_does_not_stand_back_for_those_before_it():
+    """One whose stage is kept from an earlier run never comes."""
+    shared = room_of(holds(2))
+    shared.place(2, None)
+    later = shared.place(2, None)
+    shared.ready(later)
+    with shared.take(later, (2,), never):
+        pass
+
+
+def test_who_is_not_ready_gives_way_to_who_is():
+    nodes = holds(1, 1, 1)
+    shared = room_of(nodes)
+    first, later, elsewhere = shared.place(2, None), shared.place(1, A), shared.place(1, B)
+    shared.ready(first)
+    seen = []
+
+    def waiting(slots):
+        seen.append((shared.wanted(later), shared.wanted(elsewhere)))
+        raise TimeoutError
+
+    nodes += holds(1, label=A)
+    shared.end(first)
+    with shared.take(later, (1,), never):
+        first.ended = False
+        del nodes[:2]
+        assert not shared.wanted(later)
+        with pytest.raises(TimeoutError), shared.take(first, (2,), waiting):
+            pass
+        shared.ready(later)
+        with pytest.raises(TimeoutError), shared.take(first, (2,), waiting):
+            pass
+    assert seen == [(True, True), (False, True)]
 
 
 # --- what Ray says of its nodes
