@@ -36,7 +36,6 @@ POLL_SECONDS = 0.5  # of the ranks that wait for what rank 0 prepares
 PEER_SECONDS = 3.0  # for which a rank keeps quiet: within it torchrun ends it if rank 0 has said the same
 FAILED, WRONG_INPUT = 1, 2
 FULL = (errno.ENOSPC, errno.EDQUOT)
-KEPT = "the same command with --resume goes on from the newest checkpoint"
 
 
 class Failed(Exception):
@@ -168,18 +167,26 @@ def _told(folder: Path) -> Iterator[None]:
     try:
         yield
     except (SaveFailed, NotFinite) as error:
-        raise Failed(f"{error}; {KEPT}") from error
+        raise Failed(f"{error}; {_what_is_left(folder)}") from error
     except OSError as error:
         if error.errno not in FULL:
             raise
-        raise Failed(f"{folder} could not be written to: {error.strerror}; {KEPT}") from error
+        raise Failed(f"{folder} could not be written to: {error.strerror}; {_what_is_left(folder)}") from error
     except RuntimeError as error:
         if story := _hung(folder / "ranks"):
-            raise Failed(f"{story}; {KEPT}") from error
+            raise Failed(f"{story}; {_what_is_left(folder)}") from error
         # Where this rank has only lost another one, that one's end is the story: torchrun tells it, and ends this one.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(PEER_SECONDS * (int(os.environ["WORLD_SIZE"]) > 1))
         raise
+
+
+def _what_is_left(folder: Path) -> str:
+    from moe.train import checkpoint
+
+    newest = checkpoint.newest(folder / "checkpoints")
+    return (f"{newest} is kept, and the same command with --resume goes on from there" if newest
+            else "no checkpoint had been written")  # fmt: skip
 
 
 def _hung(ranks: Path) -> str:
