@@ -12,12 +12,13 @@ import typer
 from rich.console import Console
 
 from launch import checkpoint_cli
-from launch.graph import Preempted, RunFailed, Stopped
+from launch.graph import ClusterGone, Preempted, RunFailed, Stopped
 from moe.errors import InputError
+from moe.train import preemption
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 app.add_typer(checkpoint_cli.app, name="checkpoint")
-FAILED, WRONG_INPUT, PREEMPTED, STOPPED = 1, 2, 75, 130  # 75 is EX_TEMPFAIL of sysexits.h: run me again
+FAILED, WRONG_INPUT, PREEMPTED, STOPPED = 1, 2, preemption.EXIT_STATUS, 130
 
 
 class StoppedAtOnce(Exception):
@@ -113,6 +114,10 @@ def main() -> None:
         _say("stopped at once; the same command with --resume goes on from the last checkpoints")
         sys.stdout.flush()
         os._exit(STOPPED)  # threads may still wait for workers that are gone
+    except ClusterGone as error:
+        _say(str(error))
+        sys.stdout.flush()
+        os._exit(FAILED)
     except RunFailed as error:
         _say(str(error))
         raise SystemExit(FAILED) from None

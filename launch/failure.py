@@ -58,7 +58,8 @@ def explain(error: BaseException, ranks: Path, size: int, homeless: Sequence[int
 def _raised(who: str, error: BaseException, folder: Path) -> Failure:
     """Of a rank whose code has raised an error; `folder` is where the job writes."""
     if isinstance(error, SaveFailed | NotFinite):  # every rank has raised the same, and it names what is at fault
-        return Failure(_first_line(error), machine=False, final=True)
+        full = any(f"[Errno {number}]" in str(error) for number in FULL)  # of what the rank's thread had raised
+        return Failure(_first_line(error), machine=False, final=full or isinstance(error, NotFinite))
     if isinstance(error, OSError) and error.errno in FULL:
         return Failure(f"{who} could not write to {folder}: {error.strerror}", machine=False, final=True)
     return Failure(f"{who} raised {_named(error)}", machine=False)

@@ -23,7 +23,7 @@ import ray
 from ray.exceptions import RayError
 
 from launch.failure import Failure, explain
-from launch.graph import RunFailed, Stopped
+from launch.graph import ClusterGone, RunFailed, Stopped
 from launch.journal import Journal, Saved
 from launch.room import Label, Look, Room
 from moe.config import ClusterConfig
@@ -67,8 +67,8 @@ class Gang:
         self._abandoned = threading.Event()
         self._place = room.place(self.sizes[0], label)
         self._asked = ""  # why this attempt was asked to stop: the event that it will be
-        self._crowded: tuple[float, set[str]] = (0.0, set())  # until when others are taken to hold what looks free; nodes
-        self._refusals = 0  # times in a row that they did
+        self._crowded: tuple[float, set[str]] = (0.0, set())  # until when others hold what looks free on these nodes
+        self._refused, self._refusals = 0, 0  # the size for which there were no places, and how many times in a row
         self._posted = 0.0  # when the job came
         self._journal, self._saved = Journal(folder), Saved(folder / "checkpoints")
 
@@ -102,7 +102,7 @@ class Gang:
         try:
             self._end.set_result(self._go())
         except RayError as error:
-            gone = RunFailed(f"Ray itself is gone ({_first_line(error)}); {self._kept()}")
+            gone = ClusterGone(f"Ray itself is gone ({_first_line(error)}); {self._kept()}")
             gone.__cause__ = error
             self._end.set_exception(gone)
         except BaseException as error:
@@ -130,19 +130,19 @@ class Gang:
             if event is None:
                 return
             sizes, failure = self.sizes, event if isinstance(event, Failure) else None
+            if size >= self._refused and not (failure and failure.no_room):
+                self._refused, self._refusals = 0, 0
             if failure is None:  # resized, pre-empted or displaced: as asked, at a checkpoint
-                failures, no_room_since, self._refusals = 0, None, 0
+                failures, no_room_since = 0, None
                 continue
             if failure.no_room:  # others hold it: try what is smaller, if anything is, and everything after that
-                now = time.monotonic()
+                now, limit = time.monotonic(), self._config.wait_seconds
                 no_room_since = no_room_since or now
                 self._crowded = now + NO_ROOM_SECONDS * 2**self._refusals, {node.id for node in self._look()}
-                self._refusals += 1
-                if now - no_room_since > self._config.wait_seconds:
-                    raise RunFailed(
-                        f"others hold the cluster: it has room for {size} workers, and for {self._config.wait_seconds:g} "
-                        f"s (cluster.wait_seconds) no places were found for them; {self._kept()}"
-                    ) from error
+                self._refused, self._refusals = size, self._refusals + 1
+                if now - no_room_since > limit:
+                    raise RunFailed(f"others hold the cluster: it has room for {size} workers, and no places were "
+                                    f"found for them in {limit:g} s (cluster.wait_seconds); {self._kept()}") from error
                 sizes = tuple(n for n in self.sizes if n < size) or self.sizes
                 self._say(f"{self.stage}: no places for {size} workers were found on a cluster that has room for them: "
                           f"others use it, or a node is lost; trying again with {sizes[0]}")
@@ -156,7 +156,8 @@ class Gang:
             if failures > self._config.max_failures or (not failure.machine and failure == last):
                 raise self._given_up(failure, failures) from error
             last = failure
-            self._say(f"{self.stage}: {failure.reason}; going on {self._from_where()} (see {self._journal.failure(attempt)})")
+            story = self._journal.failure(attempt)
+            self._say(f"{self.stage}: {failure.reason}; going on {self._from_where()} (see {story})")
 
     def _attempt(self, attempt: int, size: int) -> BaseException | None:
         """Run one attempt; what ended it, where it did not return."""
@@ -191,7 +192,7 @@ class Gang:
                 raise Stopped
             return failure
         displaced = not kind and self._asked.startswith("displaced") and not self._abandoned.is_set()
-        if kind in ("", "finished") and not displaced:  # nothing at all is said by workers who were told that there is no job
+        if kind in ("", "finished") and not displaced:  # nothing is said by workers who heard that there is no job
             self._event(kind or "abandoned", attempt, size, None)
             return None
         if self._stopping.is_set():

@@ -28,6 +28,10 @@ class RunFailed(RuntimeError):
     """What was asked for could not be done; the message says why and, of a stage, where the whole story lies."""
 
 
+class ClusterGone(RunFailed):
+    """The same, where Ray itself has ended: threads may wait for its answers for ever."""
+
+
 class Skipped(Exception):
     """A stage was not run because one it needs has not finished."""
 

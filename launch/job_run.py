@@ -1,7 +1,5 @@
 """The stages of one ordinary training job, and how each is put on the cluster; moe.job.stages says what they are."""
 
-import ray
-
 from launch.graph import Outputs, Stage
 from launch.jobs import Jobs
 from launch.room import nodes
@@ -30,7 +28,7 @@ class JobRun:
 
     def _data(self, plan: Plan) -> Stage:
         def prepare(_: str) -> Outputs:
-            return ray.get(prepare_domain.remote(self.jobs.values, self.jobs.run, plan.domain))
+            return self.jobs.result(prepare_domain.remote(self.jobs.values, self.jobs.run, plan.domain))
 
         return Stage(plan.name, plan.settings, prepare, plan.needs, plan.makes)
 

@@ -1,21 +1,27 @@
 """The training jobs of a run on one connected cluster: each is a gang, and all share its room and one board."""
 
 import os
+import threading
+import time
 from collections.abc import Sequence
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError
 
 from launch import trainer
 from launch.board import put_up
 from launch.gang import Gang
+from launch.graph import RunFailed, Stopped
 from launch.room import Label, Room, nodes
 from launch.session import Capacity
 from launch.worker import train_rank
 from moe.config import RunConfig
 from moe.run_folder import RunFolder
+
+POLL_SECONDS = 1.0  # between looks at whether a task can still end
 
 
 class Jobs:
@@ -27,6 +33,7 @@ class Jobs:
         self._look = partial(nodes, capacity.use_gpu)
         self._room, self._said = Room(self._look), SimpleQueue()
         self._gangs: dict[str, Gang] = {}
+        self._stopping = threading.Event()
 
     def gang(self, stage: str, sizes: Sequence[int], jobs: int = 1, label: Label | None = None) -> Gang:
         """Of a stage that can run on so many workers, largest first, beside others of so many `jobs`."""
@@ -63,12 +70,35 @@ class Jobs:
         """Give a stage's gang its job and wait for its end; see Gang.run. `inputs` is the hash that is its identity."""
         self._gangs[stage].run({"config": self.values, "run": str(self.run.path), "identity": inputs, **more})
 
+    def result(self, task: Any, label: Label | None = None) -> Any:
+        """What a task of Ray's gives, which runs on nodes of the label, if any. Raises Stopped where `stop` has been
+        called, RunFailed where no such node has been there for `cluster.wait_seconds`, and what the task raises."""
+        since, limit = None, self._cluster.wait_seconds
+        while True:
+            try:
+                return ray.get(task, timeout=POLL_SECONDS)
+            except GetTimeoutError:
+                pass
+            if self._stopping.is_set():
+                ray.cancel(task, force=True)
+                raise Stopped
+            if any(label is None or label in node.labels for node in self._look()):
+                since = None
+                continue
+            since = since or time.monotonic()
+            if time.monotonic() - since > limit:
+                ray.cancel(task, force=True)
+                nodes = f"node labelled {'='.join(label)}" if label else "node"
+                raise RunFailed(f"the cluster has no {nodes}, and none came in {limit:g} s (cluster.wait_seconds): "
+                                "start one, and give the same command with --resume")
+
     def rows(self) -> dict[str, dict[str, Any]]:
         """The newest metrics of each training stage."""
         return ray.get(self._board.rows.remote())
 
     def stop(self) -> None:
         """Ask all training stages to stop at a checkpoint."""
+        self._stopping.set()
         for gang in self._gangs.values():
             gang.stop()
         ray.get(self._board.stop.remote())

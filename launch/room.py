@@ -54,8 +54,8 @@ def _listens(node: dict[str, Any]) -> bool:
 
 @dataclass(eq=False)
 class Place:
-    """A job's place in the line for room, which it keeps until it has `ended`. Before it is `ready` its workers can only
-    wait: it takes nothing that a job before it may need, or may need again, and gives way to one that is ready."""
+    """A job's place in the line for room, which it keeps until it has `ended`. Before it is `ready` its workers can
+    only wait: it takes nothing that a job before it may need, or may need again, and gives way to one that is ready."""
 
     most: int  # slots that it can use
     label: Label | None
@@ -74,7 +74,7 @@ class Room:
         self._changed = threading.Condition()
 
     def place(self, most: int, label: Label | None) -> Place:
-        """For a job that can use so many slots, behind all that have one. A job never waits for what a later one makes."""
+        """For a job that can use so many slots, behind all others. None waits for what one behind it is to make."""
         with self._changed:
             self._line.append(Place(most, label))
             return self._line[-1]

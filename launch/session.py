@@ -13,7 +13,7 @@ from launch.graph import RunFailed
 from moe.config import RunConfig, SpecialtyConfig
 from moe.errors import InputError
 from moe.train import allocator
-from moe.train.watchdog import GRACE_SECONDS
+from moe.train.watchdog import grace_seconds
 
 CONNECT_SECONDS = 5.0
 MEND = "start one with `ray start --head`, or leave cluster.address out for a cluster on this machine"
@@ -55,7 +55,8 @@ def session(config: RunConfig) -> Iterator[Capacity]:
     cluster = config.cluster
     local = cluster.address is None
     # A worker that does not even say that it is alive is frozen: its watchdog cannot end it.
-    frozen = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(cluster.hang_seconds + 2 * GRACE_SECONDS)}
+    silence = cluster.hang_seconds + 2 * grace_seconds(cluster.hang_seconds)
+    frozen = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(silence)}
     environment = {**ENVIRONMENT, **frozen, **(LOCAL_ENVIRONMENT if local else {})}
     os.environ.update(environment)
     if not local:

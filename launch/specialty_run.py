@@ -6,8 +6,6 @@
 
 from typing import Any
 
-import ray
-
 from launch.graph import Outputs, Stage
 from launch.jobs import Jobs
 from launch.room import Label
@@ -79,7 +77,7 @@ class SpecialtyRun:
             Stage(
                 "merge",
                 settings=None,
-                run=lambda _: ray.get(merge_packs.remote(run, owners)),
+                run=lambda _: self.jobs.result(merge_packs.remote(run, owners)),
                 needs=tuple(f"pack-{owner}" for owner in owners),
                 makes=(run.model,),
             )
@@ -103,7 +101,7 @@ class SpecialtyRun:
     def _task(self, function: Any, domain: str) -> Outputs:
         label = self._label(domain)
         placed = function.options(label_selector=dict([label])) if label else function
-        return ray.get(placed.remote(self.jobs.values, self.run, domain))
+        return self.jobs.result(placed.remote(self.jobs.values, self.run, domain), label)
 
     def _train_anchor(self, inputs: str) -> Outputs:
         self.jobs.train(ANCHOR, inputs)

@@ -5,13 +5,14 @@ import signal
 import time
 import traceback
 from collections.abc import Sequence
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from launch.display import Display
-from launch.graph import Graph, Preempted, RunFailed, Skipped, Stopped
+from launch.graph import ClusterGone, Graph, Preempted, RunFailed, Skipped, Stopped
 from launch.session import Capacity, session
 from moe import run_start
 from moe.config import JobConfig, RunConfig
@@ -20,6 +21,7 @@ from moe.errors import InputError
 from moe.run_folder import RunFolder
 
 POLL_SECONDS = 0.25
+GONE_SECONDS = 10.0  # for the stages to notice that Ray has ended, after the first has
 
 
 def train(path: Path, overrides: Sequence[str], resume: bool, console: Console) -> RunFolder:
@@ -38,9 +40,9 @@ def train(path: Path, overrides: Sequence[str], resume: bool, console: Console) 
         lock = run_start.describe(run, config)
         graph = _follow(config, run, capacity, console)
     shutil.rmtree(run.ray, ignore_errors=True)
-    lock.close()
-    _raise_first(graph, run)
-    _report(config, run, graph, capacity.device)
+    with lock:  # until all that is in the folder is written
+        _raise_first(graph, run)
+        _report(config, run, graph, capacity.device)
     return run
 
 
@@ -72,7 +74,12 @@ def _stages_of(config: RunConfig, run: RunFolder, capacity: Capacity) -> Any:
 
 def _follow(config: RunConfig, run: RunFolder, capacity: Capacity, console: Console) -> Graph:
     """Run the graph and show it. The first Ctrl-C or SIGTERM asks all jobs to stop at a checkpoint, and so does input
-    that a stage finds wrong; a Ctrl-C after that ends the process at once."""
+    that a stage finds wrong; another, or a Ctrl-C after that, ends the process at once. Raises ClusterGone where Ray
+    has ended and no stage says so."""
+    from ray.exceptions import RayError  # imported when the session has set what Ray reads
+
+    from launch.failure import cause
+
     staged = _stages_of(config, run, capacity)
     graph, jobs = Graph(staged.stages(), run.stage), staged.jobs
     requests: list[int] = []
@@ -80,21 +87,29 @@ def _follow(config: RunConfig, run: RunFolder, capacity: Capacity, console: Cons
     try:
         futures = graph.start()
         with Display(console, f"polyclinic {config.run.name}", staged.steps()) as display:
-            while not all(future.done() for future in futures):
-                wrong_input = any(isinstance(_cause(e), InputError) for e in list(graph.progress.errors.values()))
-                if (requests or wrong_input) and not graph.stopping.is_set():
-                    graph.stopping.set()
-                    jobs.stop()
-                    display.message = f"stopping at a checkpoint; Ctrl-C {'' if wrong_input else 'again '}stops at once"
-                if signal.SIGINT in requests[0 if wrong_input else 1 :]:
-                    raise KeyboardInterrupt
+            try:
+                while not all(future.done() for future in futures):
+                    wrong_input = any(isinstance(cause(e), InputError) for e in list(graph.progress.errors.values()))
+                    if (requests or wrong_input) and not graph.stopping.is_set():
+                        graph.stopping.set()
+                        jobs.stop()
+                        again = "" if wrong_input else "again "
+                        display.message = f"stopping at a checkpoint; Ctrl-C {again}stops at once"
+                    if requests[0 if wrong_input else 1 :]:
+                        raise KeyboardInterrupt
+                    for sentence in jobs.news():
+                        display.say(sentence)
+                    display.update(graph.progress, jobs.rows())
+                    time.sleep(POLL_SECONDS)
                 for sentence in jobs.news():
                     display.say(sentence)
-                display.update(graph.progress, jobs.rows())
-                time.sleep(POLL_SECONDS)
-            for sentence in jobs.news():
-                display.say(sentence)
-            display.update(graph.progress, jobs.rows(), last=True)
+                display.update(graph.progress, jobs.rows(), last=True)
+            except RayError as error:
+                wait(futures, GONE_SECONDS)
+                if not any(isinstance(e, ClusterGone) for e in list(graph.progress.errors.values())):
+                    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                    raise ClusterGone(f"Ray itself is gone ({first_line}); the same command with --resume goes on from "
+                                      "the last checkpoints") from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -106,11 +121,13 @@ def _follow(config: RunConfig, run: RunFolder, capacity: Capacity, console: Cons
 
 def _raise_first(graph: Graph, run: RunFolder) -> None:
     """Say what ended the run, if anything did: the user's input before our failure before a stop."""
-    errors = {stage: _cause(error) for stage, error in graph.progress.errors.items() if not isinstance(error, Skipped)}
+    from launch.failure import cause
+
+    errors = {stage: cause(error) for stage, error in graph.progress.errors.items() if not isinstance(error, Skipped)}
     for error in errors.values():
         if isinstance(error, InputError):
             raise InputError(str(error)) from None
-    for stage, error in errors.items():
+    for stage, error in sorted(errors.items(), key=lambda each: not isinstance(each[1], ClusterGone)):
         if not isinstance(error, Stopped):
             story = run.stage(stage) / "error.txt"
             first_line = next(iter(str(error).strip().splitlines()), "")
@@ -121,15 +138,7 @@ def _raise_first(graph: Graph, run: RunFolder) -> None:
                 story.write_text("".join(traceback.format_exception(graph.progress.errors[stage])))
             except OSError:  # a full disk, which may be what has failed
                 where = ""
-            raise RunFailed(f"stage {stage} failed: {kind}{first_line}{where}")
+            ended = ClusterGone if isinstance(error, ClusterGone) else RunFailed
+            raise ended(f"stage {stage} failed: {kind}{first_line}{where}")
     for error in errors.values():
         raise error
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What happened in the worker, out of what Ray wraps around it."""
-    failures = getattr(error, "worker_failures", None)  # of a Ray Train job, by rank
-    if failures:
-        return _cause(failures[min(failures)])
-    inner: Any = getattr(error, "cause", None) or getattr(error, "_base_exc", None)
-    return _cause(inner) if isinstance(inner, BaseException) else error

@@ -57,7 +57,7 @@ def train(
     engine = Engine(model, config, job.precision, job.deepspeed)
     checkpoints = job.folder / "checkpoints"
     state = checkpoint.restore(checkpoints, engine, job.identity, beat)
-    saver = checkpoint.Saver(checkpoints, engine, job.identity, _description(job, model))
+    saver = checkpoint.Saver(checkpoints, engine, job.identity, _description(job, model), beat)
     loader.position = state.position
     metrics = Metrics(job.folder / "metrics.jsonl", state.step, job.tracking, job.name) if engine.rank == 0 else None
     accumulation = config.gradient_accumulation(engine.world_size)

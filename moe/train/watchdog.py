@@ -5,9 +5,9 @@
 
 Both timers live outside the interpreter: a thread of faulthandler's, which needs no lock of Python's, and the kernel's
 alarm, whose signal ends a process that does nothing about it. So they also find a rank that is stuck in C code.
-Stacks are written first and processes end GRACE_SECONDS later: the ranks that only wait for one that hangs write theirs
-at about the same time, and nobody's death cuts another's story short. A process that is stopped (SIGSTOP, a frozen
-host) writes nothing: that is how it is known. One Watchdog to a process: it takes SIGALRM for itself.
+Stacks are written first and processes end `grace_seconds` later: the ranks that only wait for one that hangs write
+theirs at about the same time, and nobody's death cuts another's story short. A process that is stopped (SIGSTOP, a
+frozen host) writes nothing: that is how it is known. One Watchdog to a process: it takes SIGALRM for itself.
 """
 
 import contextlib
@@ -27,7 +27,8 @@ from typing import Any
 Beat = Callable[..., None]  # beat(phase, update=None), as Watchdog.beat
 
 START_SECONDS = 300.0  # more than `seconds`, until the first update is done: libraries load, kernels are compiled
-GRACE_SECONDS = 5.0  # from the stacks to the end
+GRACE_SECONDS = 5.0  # from the stacks to the end at least; see grace_seconds
+GRACE_SHARE = 1 / 20  # of the limit: who waits has made its last beat earlier than who hangs, by up to a micro-batch
 RECORD_BYTES = 512  # of rank-N.json: each record covers the one before
 WAITS_IN = ("/torch/distributed/", "/deepspeed/comm/")  # whose innermost frame lies there waits for another rank,
 WAITS_AT = ".wait("  # and so does one whose line of code says so: the end of an exchange that was begun before
@@ -72,11 +73,15 @@ class Watchdog:
         self._beats += 1
         self._write(phase)
         starting = self._update is None or self._update == self._first_update
-        allowed, now = self.seconds + START_SECONDS * starting, time.monotonic()
-        if allowed != self._allowed or now - self._armed > self.seconds / 100:  # arming starts a thread: not each time
+        allowed, now, grace = self.seconds + START_SECONDS * starting, time.monotonic(), grace_seconds(self.seconds)
+        # Arming starts a thread: not each time, but often enough that the ranks' timers are well within the grace.
+        if allowed != self._allowed or now - self._armed > min(self.seconds / 100, grace / 4):
             self._allowed, self._armed = allowed, now
             faulthandler.dump_traceback_later(allowed, file=self._stack, exit=False)
-            signal.setitimer(signal.ITIMER_REAL, allowed + GRACE_SECONDS)
+            signal.setitimer(signal.ITIMER_REAL, allowed + grace)
+            if os.fstat(self._stack.fileno()).st_size:  # it was slow, not hung: what ends it later is another story
+                self._stack.seek(0)
+                self._stack.truncate()
 
     def _write(self, phase: str) -> None:
         record = {
@@ -88,9 +93,14 @@ class Watchdog:
         os.pwrite(self._record, line.ljust(RECORD_BYTES - 1) + b"\n", 0)
 
 
+def grace_seconds(hang_seconds: float) -> float:
+    """From the stacks to the end of a process that may hang for so long."""
+    return max(GRACE_SECONDS, hang_seconds * GRACE_SHARE)
+
+
 def collective_seconds(hang_seconds: float) -> int:
     """The process group's limit: the watchdog, which says where it hangs, is to be first."""
-    return int(hang_seconds + START_SECONDS + GRACE_SECONDS) + 60
+    return int(hang_seconds + START_SECONDS + grace_seconds(hang_seconds)) + 60
 
 
 def read_rank(folder: Path, rank: int) -> dict[str, Any] | None:

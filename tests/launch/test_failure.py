@@ -65,7 +65,9 @@ def test_one_clause_names_the_rank_and_what_happened(ranks, error, machine, part
 
 
 @pytest.mark.parametrize("error, reason", [
-    pytest.param(SaveFailed("checkpoint x could not be written"), "checkpoint x could not be written", id="saving"),
+    pytest.param(SaveFailed("checkpoint x could not be written: OSError: [Errno 28] No space left on device; no older"),
+                 "checkpoint x could not be written: OSError: [Errno 28] No space left on device; no older",
+                 id="saving"),
     pytest.param(NotFinite("4 updates in a row had no number"), "4 updates in a row had no number", id="numbers"),
     pytest.param(OSError(errno.ENOSPC, "No space left on device"),
                  "rank 0 on host-0 could not write to {folder}: No space left on device", id="anything-else"),
@@ -73,6 +75,12 @@ def test_one_clause_names_the_rank_and_what_happened(ranks, error, machine, part
 def test_what_would_come_again_is_final(ranks, error, reason):
     failure = explain(group(rank0=raised(error), rank1=raised(LOST_PEER)), ranks, 2)
     assert failure.final and not failure.machine and failure.reason == reason.format(folder=ranks.parent), failure
+
+
+def test_a_save_that_failed_for_another_reason_may_go_well_next_time(ranks):
+    error = SaveFailed("checkpoint x could not be written by rank 1: OSError: [Errno 116] Stale file handle; no older")
+    failure = explain(group(rank0=raised(error), rank1=raised(error)), ranks, 2)
+    assert not failure.final and not failure.machine and failure.reason == str(error), failure
 
 
 def test_workers_that_found_no_place_have_not_failed(ranks):

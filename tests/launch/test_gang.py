@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from launch import gang as gang_module
+from launch import journal as journal_module
 from launch import room as room_module
 from launch.failure import Failure
 from launch.gang import Gang
@@ -26,14 +27,14 @@ class Board:
 
     def __init__(self):
         self.endings, self.asked, self.placed = {}, threading.Event(), {}
-        self.first = {}  # update of each attempt
+        self.updates = {}  # first one of each attempt
 
     def __getattr__(self, method):
         answer = {
             "post": lambda stage, job: None,
             "ending": lambda stage, attempt: self.endings.get(attempt, ""),
             "places": lambda stage, attempt: self.placed,
-            "first": lambda stage, attempt: self.first.get(attempt),
+            "first": lambda stage, attempt: self.updates.get(attempt),
             "ask": lambda stage, attempt: self.asked.set(),
         }[method]
         return SimpleNamespace(remote=answer)
@@ -45,13 +46,15 @@ class Clinic:
     Each end is an ending told to the board, a Failure, or a function that gives one of them; it may save a checkpoint
     with `save`, change `nodes`, or call `gang.stop`."""
 
-    def __init__(self, folder, nodes, sizes=(4, 2, 1), **config):
+    def __init__(self, folder, nodes, sizes=(4, 2, 1), room=None, **config):
+        folder.mkdir(exist_ok=True)
         self.folder, self.board, self.said, self.sizes = folder, Board(), [], []
         self.nodes = [Node(str(n), f"host-{n}", 1) for n in range(nodes)]
         self.ends = []
         look = lambda sure=False: list(self.nodes)  # noqa: E731
+        self.room = room or Room(look)
         self.gang = Gang(
-            "train", folder, sizes, ClusterConfig(**config), fit=self.fit, board=self.board, room=Room(look), look=look,
+            "train", folder, sizes, ClusterConfig(**config), fit=self.fit, board=self.board, room=self.room, look=look,
             say=self.said.append,
         )  # fmt: skip
 
@@ -221,7 +224,7 @@ def test_room_for_more_is_taken_at_a_checkpoint(clinic):
 
     def comes():
         made.nodes.append(Node("new", "new host", 1))
-        made.board.first[1] = 11
+        made.board.updates[1] = 11
         assert made.board.asked.wait(10)
         return made.save(20, "stopped")()
 
@@ -257,6 +260,156 @@ def test_what_others_hold_is_not_asked_for_again_and_again(clinic):
     assert "no places for 4 workers" in made.said[0]
 
 
+def test_what_others_hold_is_asked_for_half_as_often_each_time(clinic, monkeypatch):
+    monkeypatch.setattr(gang_module, "NO_ROOM_SECONDS", 100.0)
+    made, until = clinic(nodes=4, wait_seconds=100.0), []
+
+    def tries():
+        until.append(made.gang._crowded[0])
+        return NO_ROOM
+
+    made.run(NO_ROOM, "preempted: rank 0", tries, "preempted: rank 0", tries, "finished")
+    until.append(made.gang._crowded[0])
+    spans = [later - earlier for earlier, later in zip(until, until[1:], strict=False)]
+    assert 90 < spans[0] < 110 and 190 < spans[1] < 210
+
+
+def test_a_job_that_runs_between_has_not_waited_all_the_time(clinic):
+    """Only what is in a row counts for cluster.wait_seconds."""
+    made = clinic(nodes=4, wait_seconds=0.03)
+
+    def runs():
+        threading.Event().wait(0.05)
+        return "preempted: rank 0"
+
+    made.run(NO_ROOM, runs, NO_ROOM, runs, NO_ROOM, "finished")
+    assert made.sizes == [4, 2, 4, 2, 4, 2]
+
+
+def test_a_cluster_that_others_hold_for_too_long_is_given_up(clinic):
+    made = clinic(nodes=4, sizes=(4,), wait_seconds=0.0)
+    with pytest.raises(RunFailed, match="^others hold the cluster: it has room for 4 workers, .* in 0 s .*; no"):
+        made.run(NO_ROOM, lambda: threading.Event().wait(0.01) or NO_ROOM)
+
+
+def test_a_job_that_has_just_begun_is_not_resized(clinic, monkeypatch):
+    """Neither before its first update, nor before it has trained for some times as long as its start took."""
+    monkeypatch.setattr(gang_module, "STARTS", 1000)
+    made = clinic(nodes=1)
+
+    def comes():
+        made.nodes.append(Node("new", "new host", 1))
+        assert not made.board.asked.wait(0.1)
+        made.board.updates[1] = 11
+        assert not made.board.asked.wait(0.1)
+        return "finished"
+
+    made.run(comes)
+
+
+def test_a_checkpoint_that_was_passed_over_is_no_progress(clinic):
+    """An attempt begins at 10 although 20 lies there, which is damaged."""
+    made = clinic(max_failures=1)
+
+    def passes(end):
+        def attempt():
+            made.board.updates[len(made.sizes)] = 11
+            return end() if callable(end) else end
+
+        return attempt
+
+    def saves():
+        (made.folder / "checkpoints/step-00000020").rmdir()
+        return made.save(15, KILLED)()
+
+    made.folder.joinpath("checkpoints/step-00000020").mkdir(parents=True)
+    with pytest.raises(RunFailed, match="2 times without .* update 10 is kept"):
+        made.run(passes(saves), passes(KILLED))
+    assert [step for _, _, step in made.events()] == [20, 15, 15, 10]
+
+
+def test_storage_that_does_not_answer_hides_neither_the_last_checkpoint_nor_the_cluster(clinic, monkeypatch):
+    made = clinic()
+    monkeypatch.setattr(gang_module, "POLL_SECONDS", 0.001)
+
+    def stale(folder):
+        raise OSError(116, "Stale file handle")
+
+    def breaks():
+        made.save(10, "")()
+        made.gang._saved.look()
+        monkeypatch.setattr(journal_module, "newest", stale)
+        made.board.updates = None  # whoever asks it for anything fails
+        made.nodes.append(Node("new", "new host", 4))
+        threading.Event().wait(0.05)
+        made.board.updates = {}
+        return KILLED
+
+    made.run(breaks, "finished")
+    assert "could not be looked at (AttributeError: " in made.said[0] and made.said[0].endswith("; trying again")
+    assert "going on from update 10" in made.said[1] and len(made.said) == 2
+
+
+def test_attempts_are_numbered_on_from_what_lies_there(clinic):
+    made = clinic()
+    (made.folder / "failure-7").mkdir(parents=True)
+    (made.folder / "events.jsonl").write_text('{"event": "started", "attempt": 9}\n{"event": "fini')
+    made.run(KILLED, "finished")
+    assert (made.folder / "failure-10").is_dir() and list((made.folder / "failure-7").iterdir()) == []
+
+
+def test_workers_that_wait_for_a_job_give_way_to_a_job_that_needs_their_room(tmp_path):
+    """A node is lost: the anchor, started again, needs the place of a pack's worker, which waits for the anchor."""
+    anchor = Clinic(tmp_path / "anchor", 3, sizes=(2,))
+    pack = Clinic(tmp_path / "pack", 0, sizes=(1,), room=anchor.room)
+    pack.nodes = anchor.nodes
+    begun, over = threading.Event(), threading.Event()
+
+    def waits():
+        begun.set()
+        assert pack.board.asked.wait(10)
+        return ""
+
+    def node_dies():
+        assert begun.wait(10)
+        del anchor.nodes[0]
+        return KILLED
+
+    def trains():
+        assert over.wait(10)
+        return "finished"
+
+    pack.ends, anchor.ends = [waits, trains], [node_dies, "finished"]
+    pack.gang.prepare()
+    anchor.gang.run({})
+    threading.Timer(0.02, over.set).start()
+    pack.gang.run({})
+    assert anchor.sizes == [2, 2] and pack.sizes == [1, 1] and pack.said == []
+    assert [event for event, _, _ in pack.events()] == ["started", "displaced", "started", "finished"]
+
+
+def test_workers_that_are_started_ahead_leave_room_for_what_they_wait_for(tmp_path):
+    """Also where that has not begun: its stage was done, and its inputs have changed."""
+    anchor = Clinic(tmp_path / "anchor", 3, sizes=(2,))
+    packs = [Clinic(tmp_path / f"pack-{n}", 3, sizes=(1,), room=anchor.room) for n in range(3)]
+    ready = [threading.Event() for _ in packs]
+
+    def waits(n):
+        return lambda: "finished" if ready[n].wait(10) else pytest.fail("no job came")
+
+    for n, pack in enumerate(packs):
+        pack.ends = [waits(n)]
+        pack.gang.prepare()
+    anchor.ends = [KILLED, KILLED, "finished"]
+    thread = threading.Thread(target=anchor.gang.run, args=({},), daemon=True)
+    thread.start()
+    thread.join(timeout=10)
+    assert anchor.sizes == [2, 2, 2] and not thread.is_alive()
+    for n, pack in enumerate(packs):
+        ready[n].set()
+        pack.gang.run({})
+
+
 def test_too_small_a_cluster_is_waited_for_and_then_given_up(clinic):
     made = clinic(nodes=1, sizes=(4, 2), wait_seconds=0.1)
     with pytest.raises(RunFailed, match="room for 1 workers and train needs at least 2, .* in 0.1 s .*--resume"):
@@ -266,8 +419,9 @@ def test_too_small_a_cluster_is_waited_for_and_then_given_up(clinic):
 
 def test_jobs_of_the_same_run_are_waited_for_as_long_as_they_take(clinic):
     made = clinic(nodes=2, sizes=(2,), wait_seconds=0.0)
-    room = made.gang._room
-    with room.take(room.place(2, None), (2,), lambda slots: None):
+    other = made.room.place(2, None)
+    made.room.ready(other)
+    with made.room.take(other, (2,), lambda slots: None):
         made.ends = ["finished"]
         made.gang.prepare()
         assert not threading.Event().wait(0.1) and not made.gang._end.done()

@@ -13,12 +13,14 @@ class Pace:
         """`share` is 1 for work that need not rest."""
         self._share, self._hurry = share, threading.Event()
         self._since = 0.0
+        self.pieces = 0  # of work that are done
 
     def start(self) -> None:
         """In the thread that works, before it does."""
         self._since = time.thread_time()
 
     def rest(self) -> None:
+        self.pieces += 1
         worked = time.thread_time() - self._since
         if self._share < 1:
             self._hurry.wait(worked * (1 / self._share - 1))

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,12 +34,14 @@ from moe.train.checkpoint.files import (
 from moe.train.checkpoint.gather import make_plan, room_for, snapshot, sums, values_of_all
 from moe.train.checkpoint.pace import SHARE, Pace
 from moe.train.checkpoint.plan import Plan
+from moe.train.watchdog import Beat, no_watchdog
 
 if TYPE_CHECKING:
     from moe.train.engine import Engine  # which loads DeepSpeed: reading a checkpoint needs none
 
 KEEP = 2  # a damaged newest one must leave another to fall back to
 LOWEST_PRIORITY = 19
+SLICE_SECONDS = 1.0  # between looks at whether a save that is waited for goes on
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +65,11 @@ class Saver:
 
     A later step's can only be one that `restore` has passed over: it goes."""
 
-    def __init__(self, folder: Path, engine: "Engine", identity: str, description: dict[str, Any]):
-        """`identity` is of the job, whose checkpoints no other takes; `description` says in plain values what it is."""
+    def __init__(self, folder: Path, engine: "Engine", identity: str, description: dict[str, Any],
+                 beat: Beat = no_watchdog):
+        """`identity` is of the job, whose checkpoints no other takes; `description` says in plain values what it is.
+        `beat` tells a watchdog of progress while a save is waited for."""
+        self._beat = beat
         self._folder, self._engine = folder, engine
         self._about = {"identity": identity, "world_size": engine.world_size, "description": description}
         self._plan: Plan | None = None
@@ -114,10 +119,15 @@ class Saver:
 
     def finish(self) -> None:
         """Wait until what is pending lies on the disk under its name. Raises SaveFailed, on all ranks."""
-        while self._pending is not None:
-            self._pending.pace.hurry()
-            self._pending.work.exception()  # waits
+        while (pending := self._pending) is not None:
+            pending.pace.hurry()
+            before = pending.pace.pieces
+            wait([pending.work], SLICE_SECONDS)
+            # A rank that has written all of its own waits for the others: one's progress is everybody's.
+            moved, = sums([pending.pace.pieces > before], self._engine)
             self.poll()
+            if moved or self._pending is not pending:
+                self._beat("checkpoint")
 
     def _commit(self, state: State, shards: list[dict[str, Any]]) -> None:
         """`shards` has what each rank says of its own."""

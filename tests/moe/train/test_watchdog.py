@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moe.train.watchdog import RECORD_BYTES, diagnose, read_rank
+from moe.train.watchdog import RECORD_BYTES, diagnose, grace_seconds, read_rank
 
 ROOT = Path(__file__).parents[3]
 
@@ -21,7 +21,7 @@ def rank_process(folder, body, rank=0):
         import sys, threading, time
         from pathlib import Path
         from moe.train import watchdog
-        watchdog.START_SECONDS, watchdog.GRACE_SECONDS = 60, 0.1
+        watchdog.START_SECONDS, watchdog.GRACE_SECONDS = 60, 0.4
 
         def stuck():
             time.sleep(60)
@@ -67,6 +67,30 @@ def test_a_rank_that_makes_progress_is_left_alone(tmp_path):
     """)  # fmt: skip
     assert end.returncode == 0 and end.stdout == "done\n", end.stderr
     assert diagnose(tmp_path, 1) == "" and read_rank(tmp_path, 0)["update"] == 39
+
+
+def test_a_rank_that_was_only_slow_leaves_no_stack(tmp_path):
+    """Or it would be taken for the cause of what ends the job later."""
+    end = rank_process(tmp_path, """
+        watchdog.GRACE_SECONDS = 60
+        dog.beat("micro-batch 0", 7)
+        dog.beat("micro-batch 1", 8)
+        time.sleep(0.7)
+        assert Path(sys.argv[1], "rank-0.stack").stat().st_size > 0
+        dog.beat("micro-batch 2", 8)
+        assert Path(sys.argv[1], "rank-0.stack").stat().st_size == 0
+        time.sleep(0.7)
+        print(watchdog.diagnose(Path(sys.argv[1]), 1))
+        dog.beat("micro-batch 3", 8)
+    """)  # fmt: skip
+    assert end.returncode == 0, end.stderr
+    assert "hung in micro-batch 2, 8 updates done" in end.stdout and "\0" not in end.stdout
+    assert diagnose(tmp_path, 1) == ""
+
+
+def test_the_grace_grows_with_the_limit():
+    """Who waits for a rank that hangs may have made its last beat a whole micro-batch earlier."""
+    assert grace_seconds(10.0) == 5.0 and grace_seconds(600.0) == 30.0
 
 
 def test_after_it_nothing_goes_off(tmp_path):
