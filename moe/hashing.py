@@ -22,7 +22,10 @@ def digest_of(dtype: torch.dtype, shape: Sequence[int]) -> Any:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """Of a tensor on the CPU; not copied where it lies in order."""
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+    flat = tensor.contiguous().view(-1)
+    if flat.stride() != (1,):  # of one element: any stride is in order
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8).numpy().data
 
 
 def tensor_hashes(tensors: dict[str, Tensor]) -> dict[str, str]:

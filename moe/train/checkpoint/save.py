@@ -50,12 +50,34 @@ class SaveFailed(RuntimeError):
     """A checkpoint could not be written; the message says by which rank and why, and what there is instead."""
 
 
+class _Task(Future):
+    """Work in a thread that keeps no process alive, and that takes only the cores' time that training leaves."""
+
+    def __init__(self, work: Callable[[], Any]):
+        super().__init__()
+        self._thread = threading.Thread(target=self._run, args=(work,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait for the thread's own end: the interpreter's, if it met the thread on its way out, would be an abort."""
+        self._thread.join()
+
+    def _run(self, work: Callable[[], Any]) -> None:
+        try:
+            if sys.platform == "linux":  # elsewhere it would be the process's
+                with contextlib.suppress(OSError):
+                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+            self.set_result(work())
+        except BaseException as error:
+            self.set_exception(error)
+
+
 @dataclass
 class _Pending:
     """A save that has begun."""
 
     state: State
-    work: Future  # of this rank's thread: its shard, then on rank 0 the rest
+    work: _Task  # of this rank's thread: its shard, then on rank 0 the rest
     pace: Pace
     shards_written: bool = False
 
@@ -91,7 +113,7 @@ class Saver:
         snapshot(self._plan, pieces, self._engine, self._room)
         path = self._partial(state) / shard_name(self._engine.rank, self._engine.world_size)
         pace = Pace(SHARE if self._engine.device.type == "cpu" else 1.0)
-        work = _in_thread(lambda: write_shard(path, self._room, pace))
+        work = _Task(lambda: write_shard(path, self._room, pace))
         self._pending = _Pending(copy(state), work, pace)
         self.stop_s = time.perf_counter() - began
 
@@ -110,11 +132,12 @@ class Saver:
             self._give_up()
         if ended < self._engine.world_size:
             return
+        work.join()
         if self._pending.shards_written:
             self._pending = None
             return
         state, shards = self._pending.state, values_of_all(work.result(), self._engine)
-        commit = _in_thread(lambda: self._commit(state, shards))
+        commit = _Task(lambda: self._commit(state, shards))
         self._pending = _Pending(state, commit, self._pending.pace, shards_written=True)
 
     def finish(self) -> None:
@@ -157,6 +180,7 @@ class Saver:
         pending, self._pending = self._pending, None
         pending.pace.hurry()
         error = pending.work.exception()  # waits: nobody is to write into a folder that is removed
+        pending.work.join()
         said = values_of_all(error and f"{type(error).__name__}: {error}", self._engine)
         whole = str(newest(self._folder) or "")
         if self._engine.rank == 0:
@@ -179,20 +203,3 @@ def _remove(path: Path) -> None:
     hidden = path.with_name(f".{path.name}.removed")
     os.replace(path, hidden)
     shutil.rmtree(hidden)
-
-
-def _in_thread(work: Callable[[], Any]) -> Future:
-    """Run it in a thread that keeps no process alive, and that takes only the cores' time that training leaves."""
-    future: Future = Future()
-
-    def run() -> None:
-        try:
-            if sys.platform == "linux":  # elsewhere it would be the process's
-                with contextlib.suppress(OSError):
-                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="checkpoint", daemon=True).start()
-    return future
