@@ -14,7 +14,7 @@ train: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m ruff check .
-	$(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # All that tests/faults does to a run; FAULT_TABLE names a file for rows of fault, lost updates, seconds to recover.
 test-faults: $(INSTALLED)

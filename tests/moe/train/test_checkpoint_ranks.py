@@ -84,7 +84,8 @@ def test_a_rank_that_sees_another_folder_is_named(folder):
 def test_a_rank_killed_while_it_writes_leaves_the_one_before(folder):
     (survivor,) = said(folder, "killed-killed-2")  # and nothing of rank 1
     assert survivor.startswith("RuntimeError")
-    assert sorted(os.listdir(folder / "killed")) == ["step-00000003"]  # the next run has cleared the rest
+    # The thread of the one that lived may have begun its part of the next after that was cleared away.
+    assert [name for name in os.listdir(folder / "killed") if not name.startswith(".")] == ["step-00000003"]
     assert said(folder, "read-killed-killed-then-2") == [3, 3]
     assert hashes(folder / "killed-then-2/step-00000003") == hashes(folder / "killed/step-00000003")
 
