@@ -58,7 +58,7 @@ def clinic(tmp_path_factory) -> Path:
             "checkpoint_every": EVERY,
         },
         "parallel": {"expert": 2},
-        "cluster": {"workers": 2, "hang_seconds": 15.0, "max_failures": 1},
+        "cluster": {"workers": 2, "hang_seconds": 15.0, "max_failures": 3},
     }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder
