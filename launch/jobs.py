@@ -3,7 +3,6 @@
 import os
 import threading
 import time
-from collections.abc import Sequence
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
@@ -13,9 +12,10 @@ from ray.exceptions import GetTimeoutError
 
 from launch import trainer
 from launch.board import put_up
+from launch.demand import Demand, Label
 from launch.gang import Gang
 from launch.graph import RunFailed, Stopped
-from launch.room import Label, Room, nodes
+from launch.room import Placement, Room, nodes
 from launch.session import Capacity
 from launch.worker import train_rank
 from moe.config import RunConfig
@@ -35,34 +35,34 @@ class Jobs:
         self._gangs: dict[str, Gang] = {}
         self._stopping = threading.Event()
 
-    def gang(self, stage: str, sizes: Sequence[int], jobs: int = 1, label: Label | None = None) -> Gang:
-        """Of a stage that can run on so many workers, largest first, beside others of so many `jobs`."""
+    def gang(self, stage: str, demand: Demand, jobs: int = 1) -> Gang:
+        """Of a stage with this demand, one of so many `jobs` that run side by side. Its workers are started ahead on a
+        cluster of our own only: others may want what they would hold while text is prepared."""
         capacity = self._capacity
 
-        def fit(attempt: int, size: int) -> None:
-            threads = max(1, len(os.sched_getaffinity(0)) // (size * jobs)) if capacity.local else 1
+        def fit(attempt: int, placement: Placement) -> None:
+            threads = max(1, len(os.sched_getaffinity(0)) // (len(placement) * jobs)) if capacity.local else 1
             trainer.fit(
                 train_rank,
                 {"stage": stage, "attempt": attempt, "board": self._board, "threads": threads},
-                size,
+                placement,
                 name=f"{stage}-{attempt}",
                 folder=self.run.ray,
                 use_gpu=capacity.use_gpu,
                 hang_seconds=self._cluster.hang_seconds,
-                label=label,
             )
 
         self._gangs[stage] = Gang(
             stage,
             self.run.stage(stage),
-            sizes,
+            demand,
             self._cluster,
             fit=fit,
             board=self._board,
             room=self._room,
             look=self._look,
             say=self._said.put,
-            label=label,
+            ahead=capacity.local,
         )
         return self._gangs[stage]
 

@@ -7,13 +7,17 @@ import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
+from launch import demand
 from launch.graph import RunFailed
 from moe.config import RunConfig, SpecialtyConfig
 from moe.errors import InputError
 from moe.train import allocator
 from moe.train.watchdog import grace_seconds
+
+if TYPE_CHECKING:
+    from launch.room import Node
 
 CONNECT_SECONDS = 5.0
 MEND = "start one with `ray start --head`, or leave cluster.address out for a cluster on this machine"
@@ -38,9 +42,8 @@ LOCAL_ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Capacity:
-    """How many training workers fit on the cluster at once."""
+    """What a worker has on the cluster."""
 
-    workers: int
     use_gpu: bool
     local: bool  # all on this machine, in a cluster of our own
     device: str  # in words
@@ -51,28 +54,28 @@ def session(config: RunConfig) -> Iterator[Capacity]:
     """Connect, or start a local cluster; on the way out disconnect, or stop it.
 
     Raises InputError for an address nobody answers at, for a cluster too small for one job and for an owner without a
-    node, RunFailed where a local one does not start."""
+    node, all before anything is started on it, RunFailed where a local one does not start."""
     cluster = config.cluster
     local = cluster.address is None
     # A worker that does not even say that it is alive is frozen: its watchdog cannot end it.
     silence = cluster.hang_seconds + 2 * grace_seconds(cluster.hang_seconds)
     frozen = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(silence)}
     environment = {**ENVIRONMENT, **frozen, **(LOCAL_ENVIRONMENT if local else {})}
-    os.environ.update(environment)
     if not local:
         _reach(cluster.address)
+    os.environ.update(environment)
     import ray
 
     # What the driver needs next takes seconds to import, and meanwhile the cluster starts.
     needed = "launch.specialty_run" if isinstance(config, SpecialtyConfig) else "launch.job_run"
     threading.Thread(target=importlib.import_module, args=(needed,), daemon=True).start()
-    jobs = _jobs(config)
     if local:
         # Logical CPUs: on a small machine the owners still train side by side, sharing the cores.
+        side_by_side = [workers * len(jobs) for _, workers, jobs in demand.by_key(config)]
         try:
             ray.init(
                 address="local",  # or Ray would take any cluster that runs on this machine
-                num_cpus=max(os.cpu_count() or 1, *(workers * side_by_side for workers, side_by_side in jobs.values())),
+                num_cpus=max(os.cpu_count() or 1, *side_by_side),
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level="error",
@@ -92,37 +95,26 @@ def session(config: RunConfig) -> Iterator[Capacity]:
             raise InputError(f"cluster.address={cluster.address}: no Ray cluster answers there; {MEND}") from error
     ray._private.worker._worker_logs_enabled = False  # else it prints a page for every worker that dies; a gang says it
     try:
+        from launch.room import nodes  # which imports ray
+
         resources = ray.cluster_resources()
-        gpus = int(resources.get("GPU", 0))
-        room = gpus or int(resources.get("CPU", 0))
-        capacity = Capacity(workers=room, use_gpu=gpus > 0, local=local, device=_device(resources))
-        for key, (workers, _) in jobs.items():
-            least = min(cluster.sizes(workers))
-            if capacity.workers < least:
-                raise InputError(
-                    f"the cluster has room for {capacity.workers} workers: want {least} ({key}={workers}, "
-                    f"cluster.min_workers={'null' if cluster.min_workers is None else cluster.min_workers})"
-                )
-        _check_owners(config, ray.nodes())
+        use_gpu = resources.get("GPU", 0) >= 1
+        check_room(config, nodes(use_gpu, sure=True), use_gpu)
+        capacity = Capacity(use_gpu=use_gpu, local=local, device=_device(resources))
         yield capacity
     finally:
         ray.shutdown()
 
 
-def _jobs(config: RunConfig) -> dict[str, tuple[int, int]]:
-    """By key: workers of one job, and how many such jobs run side by side."""
-    cluster = config.cluster
-    if isinstance(config, SpecialtyConfig):
-        owners = len(config.owners)
-        return {
-            "cluster.anchor_workers": (cluster.anchor_workers, 1),
-            "cluster.owner_workers": (cluster.owner_workers, owners),
-        }
-    return {"cluster.workers": (cluster.workers, 1)}
-
-
 def _reach(address: str) -> None:
-    """Raise InputError where nobody listens at HOST:PORT: Ray itself would try for minutes."""
+    """Raise InputError for an address of Ray's client, through which nothing of a run can be followed, and where nobody
+    listens at HOST:PORT: Ray itself would try for minutes."""
+    meant = os.environ.get("RAY_ADDRESS", address) if address == "auto" else address  # as Ray reads it
+    if "://" in meant:
+        named = f"{address} (RAY_ADDRESS={meant})" if meant != address else address
+        raise InputError(f"cluster.address={named}: want HOST:6379 of the cluster's head, or auto, with the command "
+                         "run on one of its nodes or submitted there by `ray job submit`, because Ray's client cannot "
+                         "follow a run")
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit() or "/" in host:
         return  # such as auto, which Ray looks up
@@ -133,11 +125,32 @@ def _reach(address: str) -> None:
         raise InputError(f"cluster.address={address}: no Ray cluster answers there ({reason}); {MEND}") from error
 
 
-def _check_owners(config: RunConfig, nodes: list[dict[str, Any]]) -> None:
+def check_room(config: RunConfig, nodes: "list[Node]", use_gpu: bool) -> None:
+    """Raise InputError where a job of the run could never have its workers on these nodes, however long it waited."""
+    from launch.room import most
+
+    _check_owners(config, nodes)
+    largest = max((node.slots for node in nodes), default=0)
+    worker = "a GPU and a CPU of one node" if use_gpu else "a CPU"
+    for key, workers, jobs in demand.by_key(config):
+        for job in jobs:
+            room = most(nodes, job)
+            if job.group > largest:
+                raise InputError(f"parallel.expert={job.group}: want at most {largest}, the workers that fit on one "
+                                 "node of the cluster, or parallel.across_nodes=true")
+            if room < job.least:
+                raise InputError(
+                    f"the cluster has room for {room} workers{job.places()}, each with {worker}: want {job.least} "
+                    f"({key}={workers}, cluster.min_workers="
+                    f"{'null' if config.cluster.min_workers is None else config.cluster.min_workers})"
+                )
+
+
+def _check_owners(config: RunConfig, nodes: "list[Node]") -> None:
     """Raise InputError where an owner's text could be read nowhere."""
     key = getattr(config.cluster, "owner_label", None)
-    labels = [node.get("Labels") or {} for node in nodes if node["Alive"]]
-    missing = [name for name in config.owners if all(of.get(key) != name for of in labels)] if key else []
+    labels = set().union(*(node.labels for node in nodes))
+    missing = [name for name in config.owners if (key, name) not in labels] if key else []
     if missing:
         raise InputError(
             f"cluster.owner_label={key}: no live node is labelled {', '.join(f'{key}={name}' for name in missing)}; "

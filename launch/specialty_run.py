@@ -6,12 +6,12 @@
 
 from typing import Any
 
+from launch.demand import Label, of_anchor, of_pack, owner_label
 from launch.graph import Outputs, Stage
 from launch.jobs import Jobs
-from launch.room import Label
 from launch.session import Capacity
 from launch.worker import measure_domain, merge_packs, prepare_domain
-from moe.config import ANCHOR, PUBLIC, SpecialtyConfig, TrainConfig
+from moe.config import ANCHOR, PUBLIC, SpecialtyConfig
 from moe.data.prepare import content
 from moe.hf.folder import load as load_model
 from moe.run_folder import RunFolder
@@ -24,10 +24,9 @@ class SpecialtyRun:
     def __init__(self, config: SpecialtyConfig, run: RunFolder, capacity: Capacity):
         self.config, self.jobs = config, Jobs(config, run, capacity)
         self.run, owners = self.jobs.run, config.owners
-        self._anchor = self.jobs.gang(ANCHOR, _sizes(config, config.anchor, config.cluster.anchor_workers))
-        sizes = _sizes(config, config.pack.train, config.cluster.owner_workers)
+        self._anchor = self.jobs.gang(ANCHOR, of_anchor(config))
         for owner in owners:
-            self.jobs.gang(f"pack-{owner}", sizes, len(owners), self._label(owner))
+            self.jobs.gang(f"pack-{owner}", of_pack(config, owner), len(owners))
 
     def stages(self) -> list[Stage]:
         config, run, owners = self.config, self.run, list(self.config.owners)
@@ -114,10 +113,4 @@ class SpecialtyRun:
 
     def _label(self, domain: str) -> Label | None:
         """Of the nodes that may read a domain's text."""
-        key = self.config.cluster.owner_label
-        return (key, domain) if key is not None and domain != PUBLIC else None
-
-
-def _sizes(config: SpecialtyConfig, section: TrainConfig, workers: int) -> list[int]:
-    """Numbers of workers that a job of so many can run on, largest first."""
-    return [size for size in config.cluster.sizes(workers) if section.fits(size)]
+        return owner_label(self.config, domain) if domain != PUBLIC else None

@@ -30,13 +30,9 @@ def train(path: Path, overrides: Sequence[str], resume: bool, console: Console) 
     config = load(path, overrides)
     run = RunFolder(config.run.path)
     run_start.check(config)
-    run_start.check_folder(run, resume)
+    run_start.check_folder(run, config, resume)
     with session(config) as capacity:
         config = run_start.resolve(config, capacity.use_gpu)
-        if isinstance(config, JobConfig):
-            from launch.job_run import check_nodes
-
-            check_nodes(config, capacity.use_gpu)
         lock = run_start.describe(run, config)
         graph = _follow(config, run, capacity, console)
     shutil.rmtree(run.ray, ignore_errors=True)

@@ -1,15 +1,15 @@
-"""One attempt of a gang as a Ray Train job: its workers side by side on as few nodes as hold them."""
+"""One attempt of a gang as a Ray Train job: each worker on the node that it has been given."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.placement_group import NODE_ID_LABEL_KEY
 
-from launch.room import Label
 from moe.train import preemption
 from moe.train.watchdog import collective_seconds
 
@@ -35,15 +35,16 @@ class GangTorchConfig(TorchConfig):
 def fit(
     train_rank: Callable[[dict[str, Any]], None],
     settings: dict[str, Any],
-    size: int,
+    nodes: Sequence[str],
     *,
     name: str,
     folder: Path,
     use_gpu: bool,
     hang_seconds: float,
-    label: Label | None = None,
 ) -> None:
-    """Run `train_rank(settings)` in `size` workers to their end; raises Ray's error of the first that fails.
+    """Run `train_rank(settings)` to its end in a worker on each of `nodes`, which are ids, those of one node together:
+    Ray numbers the ranks node by node. Raises Ray's error of the first worker that fails, or of a node that is gone or
+    full.
 
     Nothing is tried again: that is for the gang to decide, who knows which sizes are left."""
     TorchTrainer(
@@ -53,11 +54,10 @@ def fit(
             backend="nccl" if use_gpu else "gloo", timeout_s=collective_seconds(hang_seconds)
         ),
         scaling_config=ScalingConfig(
-            num_workers=size,
+            num_workers=len(nodes),
             use_gpu=use_gpu,
             resources_per_worker={"CPU": 1, "GPU": 1} if use_gpu else {"CPU": 1},
-            placement_strategy="PACK",  # Ray numbers the ranks node by node
-            label_selector=dict([label]) if label else None,
+            label_selector=[{NODE_ID_LABEL_KEY: node} for node in nodes],  # Ray labels each node with its id
         ),
         run_config=RunConfig(
             # Ray continues a run whose name it knows; ours continue from our own checkpoints.

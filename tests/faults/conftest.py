@@ -232,7 +232,7 @@ def run(made):
 
 class Cluster:
     """Ray nodes, each of its own processes, on this machine or on the hosts given. On this machine the head has no
-    slots; all others have one."""
+    slots."""
 
     def __init__(self, path: str, folder: Path, hosts: list[Host] | None = None):
         self.environment = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
@@ -248,9 +248,9 @@ class Cluster:
         self._start(head, "--head", f"--port={port}", f"--num-cpus={1 if head else 0}", "--include-dashboard=false",
                     f"--temp-dir={folder}")  # fmt: skip
 
-    def add(self, host: Host | None = None, **labels: str) -> subprocess.Popen:
+    def add(self, host: Host | None = None, slots: int = 1, **labels: str) -> subprocess.Popen:
         said = [f"--labels={','.join(f'{key}={value}' for key, value in labels.items())}"] if labels else []
-        return self._start(host, f"--address={self.address}", "--num-cpus=1", *said)
+        return self._start(host, f"--address={self.address}", f"--num-cpus={slots}", *said)
 
     def _start(self, host: Host | None, *arguments: str) -> subprocess.Popen:
         """One after another: two that start at once on one machine get in each other's way."""

@@ -53,12 +53,12 @@ def hurt_shards(files):
     files.write_shard = faulty
 
 
-def hurry(gang):
+def hurry(watch):
     """A test has no minute to wait for a job to be resized."""
-    gang.RUN_SECONDS, gang.STARTS = 2.0, 0
+    watch.RUN_SECONDS, watch.STARTS = 2.0, 0
 
 
-FAULTY = {"launch.gang": hurry, "moe.train.objective": hurt_losses, "moe.train.checkpoint.files": hurt_shards}
+FAULTY = {"launch.watch": hurry, "moe.train.objective": hurt_losses, "moe.train.checkpoint.files": hurt_shards}
 
 
 class Finder(importlib.abc.MetaPathFinder):

@@ -44,24 +44,25 @@ def group(**failures):
 
 
 @pytest.mark.parametrize(
-    "error, machine, part",
+    "error, machine, rank, part",
     [
-        pytest.param(group(rank1=gone()), True, "rank 1 on host-1 died: it was killed", id="killed"),
-        pytest.param(group(rank0=raised(LOST_PEER), rank1=gone()), True, "rank 1 on host-1 died", id="not-its-peer"),
-        pytest.param(group(rank1=gone(OutOfMemoryError("full"))), True, "its node ran out of memory", id="memory"),
+        pytest.param(group(rank1=gone()), True, 1, "rank 1 on host-1 died: it was killed", id="killed"),
+        pytest.param(group(rank0=raised(LOST_PEER), rank1=gone()), True, 1, "rank 1 on host-1 died", id="not-its-peer"),
+        pytest.param(group(rank1=gone(OutOfMemoryError("full"))), True, 1, "its node ran out of memory", id="memory"),
         pytest.param(
-            group(rank0=raised(LOST_PEER), rank1=raised(ValueError("the loss\nis nan"))), False,
+            group(rank0=raised(LOST_PEER), rank1=raised(ValueError("the loss\nis nan"))), False, 1,
             "rank 1 on host-1 raised ValueError: the loss", id="raised",
         ),
-        pytest.param(group(rank0=raised(LOST_PEER)), True, "rank 0 lost the connection to another", id="peer-unknown"),
-        pytest.param(ControllerError(ActorDiedError()), True, "controller of the job ended with", id="controller"),
-        pytest.param(ControllerError(ValueError("boom")), False, "ended with ValueError: boom", id="our-own"),
+        pytest.param(group(rank0=raised(LOST_PEER)), True, None, "rank 0 lost the connection to another", id="peer"),
+        pytest.param(ControllerError(ActorDiedError()), True, None, "controller of the job ended", id="controller"),
+        pytest.param(ControllerError(ValueError("boom")), False, None, "ended with ValueError: boom", id="our-own"),
     ],
 )  # fmt: skip
-def test_one_clause_names_the_rank_and_what_happened(ranks, error, machine, part):
+def test_one_clause_names_the_rank_and_what_happened(ranks, error, machine, rank, part):
     failure = explain(error, ranks, 2)
     assert part in failure.reason and "\n" not in failure.reason and failure.machine is machine, failure
     assert not failure.no_room and not failure.final
+    assert failure.rank == rank and bool(failure.error) is not machine
 
 
 @pytest.mark.parametrize("error, reason", [
@@ -97,3 +98,12 @@ def test_what_the_watchdog_found_comes_first(ranks):
     (ranks / "rank-1.stack").write_text(stack)
     failure = explain(group(rank0=gone(), rank1=gone()), ranks, 2)
     assert failure.machine and "rank 1 on host-1 hung" in failure.reason and "x.py:4 f" in failure.reason
+    assert failure.rank is None, "rank 0 was frozen"
+    (ranks / "rank-0.stack").write_text(stack.replace("x.py", "/torch/distributed/x.py"))
+    failure = explain(group(rank0=gone(), rank1=gone()), ranks, 2)
+    assert "rank 0 only waited for it" in failure.reason and failure.rank == 1
+
+
+def test_an_error_is_the_same_whichever_rank_raises_it(ranks):
+    one, other = (explain(group(**{rank: raised(ValueError("boom"))}), ranks, 2) for rank in ("rank0", "rank1"))
+    assert one.error == other.error == "ValueError: boom" and one.rank != other.rank

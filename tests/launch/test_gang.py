@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,8 @@ import pytest
 from launch import gang as gang_module
 from launch import journal as journal_module
 from launch import room as room_module
+from launch import watch as watch_module
+from launch.demand import Demand
 from launch.failure import Failure
 from launch.gang import Gang
 from launch.graph import RunFailed, Stopped
@@ -17,8 +20,8 @@ from launch.room import Node, Room
 from moe.config import ClusterConfig
 from moe.errors import InputError
 
-KILLED = Failure("rank 1 on host died", machine=True)
-RAISED = Failure("rank 0 on host raised ValueError: boom", machine=False)
+KILLED = Failure("rank 1 on host died", machine=True, rank=1)
+RAISED = Failure("rank 0 on host raised ValueError: boom", machine=False, rank=0, error="ValueError: boom")
 NO_ROOM = Failure("the workers could not be placed", machine=True, no_room=True)
 
 
@@ -41,25 +44,31 @@ class Board:
 
 
 class Clinic:
-    """A gang of sizes 4, 2 and 1 on nodes of one slot each, whose attempts end as the test says.
+    """A gang of sizes 4, 2 and 1 on so many nodes of a slot each, or of these slots; attempts end as the test says.
 
     Each end is an ending told to the board, a Failure, or a function that gives one of them; it may save a checkpoint
     with `save`, change `nodes`, or call `gang.stop`."""
 
-    def __init__(self, folder, nodes, sizes=(4, 2, 1), room=None, **config):
+    def __init__(self, folder, nodes, sizes=(4, 2, 1), room=None, ahead=True, **config):
         folder.mkdir(exist_ok=True)
-        self.folder, self.board, self.said, self.sizes = folder, Board(), [], []
-        self.nodes = [Node(str(n), f"host-{n}", 1) for n in range(nodes)]
+        self.folder, self.board, self.said, self.placements = folder, Board(), [], []
+        slots = [1] * nodes if isinstance(nodes, int) else nodes
+        self.nodes = [Node(str(n), f"host-{n}", size) for n, size in enumerate(slots)]
         self.ends = []
         look = lambda sure=False: list(self.nodes)  # noqa: E731
         self.room = room or Room(look)
         self.gang = Gang(
-            "train", folder, sizes, ClusterConfig(**config), fit=self.fit, board=self.board, room=self.room, look=look,
-            say=self.said.append,
+            "train", folder, Demand(sizes), ClusterConfig(**config), fit=self.fit, board=self.board, room=self.room,
+            look=look, say=self.said.append, ahead=ahead,
         )  # fmt: skip
 
-    def fit(self, attempt, size):
-        self.sizes.append(size)
+    @property
+    def sizes(self):
+        return [len(placement) for placement in self.placements]
+
+    def fit(self, attempt, placement):
+        self.placements.append(placement)
+        self.board.placed = dict(enumerate(placement))
         end = self.ends.pop(0)
         end = end() if callable(end) else end
         if isinstance(end, Failure):
@@ -92,12 +101,13 @@ class Ended(Exception):
 
 @pytest.fixture(autouse=True)
 def no_ray(monkeypatch):
-    monkeypatch.setattr(gang_module, "ray", SimpleNamespace(get=lambda value: value))
+    for module in (gang_module, watch_module):
+        monkeypatch.setattr(module, "ray", SimpleNamespace(get=lambda value: value))
     monkeypatch.setattr(gang_module, "explain", lambda error, ranks, size, homeless: error.failure)
-    monkeypatch.setattr(gang_module, "POLL_SECONDS", 0.005)
-    monkeypatch.setattr(gang_module, "GROW_SECONDS", 0.02)
-    monkeypatch.setattr(gang_module, "RUN_SECONDS", 0.02)
-    monkeypatch.setattr(gang_module, "STARTS", 0)
+    monkeypatch.setattr(watch_module, "POLL_SECONDS", 0.005)
+    monkeypatch.setattr(watch_module, "GROW_SECONDS", 0.02)
+    monkeypatch.setattr(watch_module, "RUN_SECONDS", 0.02)
+    monkeypatch.setattr(watch_module, "STARTS", 0)
     monkeypatch.setattr(room_module, "POLL_SECONDS", 0.005)
 
 
@@ -130,7 +140,7 @@ def test_what_is_lost_is_gone_on_from_on_what_is_left(clinic):
 
 def test_so_many_failures_in_a_row_are_enough(clinic):
     made = clinic(max_failures=2)
-    with pytest.raises(RunFailed, match="failed 3 times without a new checkpoint, the last time: rank 1 on host died"):
+    with pytest.raises(RunFailed, match="^3 attempts in a row made no new checkpoint; in the last, rank 1 on"):
         made.run(KILLED, KILLED, KILLED)
     assert len(made.sizes) == 3
 
@@ -149,15 +159,72 @@ def test_what_the_job_gives_up_with_says_what_is_kept(clinic):
 
 
 def test_an_error_of_the_code_that_comes_again_word_for_word_is_not_tried_a_third_time(clinic):
-    made = clinic(max_failures=9)
+    made = clinic(max_failures=9, sizes=(4,))
     with pytest.raises(RunFailed, match="ValueError: boom; no checkpoint had been written"):
         made.run(RAISED, RAISED)
+
+
+def test_an_error_of_the_code_that_comes_again_elsewhere_is_not_the_nodes(clinic):
+    made = clinic(max_failures=9, sizes=(1,))
+    with pytest.raises(RunFailed, match="^3 attempts in a row .* ValueError: boom; no checkpoint"):
+        made.run(RAISED, RAISED, replace(RAISED, reason="rank 0 on another raised ValueError: boom"))
+    assert made.placements[0] == made.placements[1] != made.placements[2]
+
+
+def test_a_node_that_fails_twice_in_a_row_is_left_out_while_others_are_enough(clinic):
+    """Also where it has come further between."""
+    made = clinic(nodes=[2, 2, 1], sizes=(4, 2), max_failures=9)
+    bad = []
+
+    def fails():
+        bad.append(made.placements[-1][1])
+        return KILLED
+
+    made.run(fails, lambda: made.save(10, fails())(), "preempted: rank 0", "finished")
+    first, second, *others = made.placements
+    assert bad[0] == bad[1] and bad[0] in first and bad[0] in second
+    assert all(len(placement) == 2 and bad[0] not in placement for placement in others)
+    assert [event for event, _, _ in made.events()][2:5] == ["started", "failed", "left out"]
+    assert f"second failure in a row on node host-{bad[0]}, which is left out now" in made.said[1]
+
+
+def test_failures_on_different_nodes_leave_none_out(clinic):
+    made = clinic(nodes=[2, 2], sizes=(4, 2), max_failures=9)
+    made.run(KILLED, replace(KILLED, rank=3), KILLED, "finished")
+    assert made.sizes == [4, 4, 4, 4] and "left out" not in str(made.said)
+
+
+def test_a_node_without_which_there_are_too_few_is_used_whatever_happens_there(clinic):
+    made = clinic(nodes=[2, 1], sizes=(2,), max_failures=9)
+    made.run(KILLED, KILLED, KILLED, "finished")
+    assert made.sizes == [2, 2, 2, 2] and "left out" not in str(made.said)
+
+
+def test_places_on_a_node_that_was_lost_are_looked_for_elsewhere(clinic):
+    """Between the look at the nodes and the coming of the workers: the others are as good as before."""
+    made = clinic(nodes=[2, 2, 2], sizes=(4, 2))
+
+    def lost():
+        made.nodes = [node for node in made.nodes if node.id != made.placements[0][0]]
+        return NO_ROOM
+
+    made.run(lost, "finished")
+    assert made.sizes == [4, 4] and made.placements[0][0] not in made.placements[1]
+    assert made.said == ["train: a node was lost before workers came to it; trying again without it"]
+    assert not made.gang._refusals.hold({node.id for node in made.nodes})
+
+
+def test_only_where_it_is_to_be_ahead_is_a_job_started_before_it_is_there(clinic):
+    made = clinic(ahead=False)
+    made.gang.prepare()
+    assert made.gang._end is None
+    made.run("finished")
 
 
 def test_what_would_come_again_is_not_tried_a_second_time(clinic):
     made = clinic(max_failures=9)
     full = Failure("checkpoint x could not be written by rank 1", machine=False, final=True)
-    with pytest.raises(RunFailed, match="^it failed: checkpoint x could not .*; the checkpoint of update 10 is kept"):
+    with pytest.raises(RunFailed, match="^checkpoint x could not .*; the checkpoint of update 10 is kept"):
         made.run(made.save(10, full))
     assert made.sizes == [4]
 
@@ -251,27 +318,32 @@ def test_what_others_hold_is_not_asked_for_again_and_again(clinic):
     """Ray finds no places although the nodes are large enough: a smaller size, and no resizing back."""
     made = clinic(nodes=4)
 
-    def runs_for_a_while():
+    def runs_until_a_node_comes():
+        made.board.updates[2] = 1
         assert not made.board.asked.wait(0.1)
-        return "finished"
+        made.nodes.append(Node("new", "new host", 1))
+        assert made.board.asked.wait(10)
+        return "stopped"
 
-    made.run(NO_ROOM, runs_for_a_while)
-    assert made.sizes == [4, 2] and made.events()[1] == ("no room", 4, 0)
+    made.run(NO_ROOM, runs_until_a_node_comes, "finished")
+    assert made.sizes == [4, 2, 4] and made.events()[1] == ("no room", 4, 0)
     assert "no places for 4 workers" in made.said[0]
 
 
 def test_what_others_hold_is_asked_for_half_as_often_each_time(clinic, monkeypatch):
-    monkeypatch.setattr(gang_module, "NO_ROOM_SECONDS", 100.0)
+    monkeypatch.setattr(watch_module, "REFUSED_SECONDS", 100.0)
     made, until = clinic(nodes=4, wait_seconds=100.0), []
 
     def tries():
-        until.append(made.gang._crowded[0])
+        until.append(made.gang._refusals._until)
         return NO_ROOM
 
-    made.run(NO_ROOM, "preempted: rank 0", tries, "preempted: rank 0", tries, "finished")
-    until.append(made.gang._crowded[0])
+    made.run(NO_ROOM, "preempted: rank 0", tries, "preempted: rank 0", tries, "preempted: rank 0", "preempted: rank 0",
+             tries, "finished")  # fmt: skip
+    until.append(made.gang._refusals._until)
     spans = [later - earlier for earlier, later in zip(until, until[1:], strict=False)]
     assert 90 < spans[0] < 110 and 190 < spans[1] < 210
+    assert -310 < spans[2] < -290, "it has had places for 4 since"
 
 
 def test_a_job_that_runs_between_has_not_waited_all_the_time(clinic):
@@ -294,7 +366,7 @@ def test_a_cluster_that_others_hold_for_too_long_is_given_up(clinic):
 
 def test_a_job_that_has_just_begun_is_not_resized(clinic, monkeypatch):
     """Neither before its first update, nor before it has trained for some times as long as its start took."""
-    monkeypatch.setattr(gang_module, "STARTS", 1000)
+    monkeypatch.setattr(watch_module, "STARTS", 1000)
     made = clinic(nodes=1)
 
     def comes():
@@ -323,14 +395,14 @@ def test_a_checkpoint_that_was_passed_over_is_no_progress(clinic):
         return made.save(15, KILLED)()
 
     made.folder.joinpath("checkpoints/step-00000020").mkdir(parents=True)
-    with pytest.raises(RunFailed, match="2 times without .* update 10 is kept"):
+    with pytest.raises(RunFailed, match="^2 attempts in a row .* update 10 is kept"):
         made.run(passes(saves), passes(KILLED))
     assert [step for _, _, step in made.events()] == [20, 15, 15, 10]
 
 
 def test_storage_that_does_not_answer_hides_neither_the_last_checkpoint_nor_the_cluster(clinic, monkeypatch):
     made = clinic()
-    monkeypatch.setattr(gang_module, "POLL_SECONDS", 0.001)
+    monkeypatch.setattr(watch_module, "POLL_SECONDS", 0.001)
 
     def stale(folder):
         raise OSError(116, "Stale file handle")
@@ -400,7 +472,7 @@ def test_workers_that_are_started_ahead_leave_room_for_what_they_wait_for(tmp_pa
     for n, pack in enumerate(packs):
         pack.ends = [waits(n)]
         pack.gang.prepare()
-    anchor.ends = [KILLED, KILLED, "finished"]
+    anchor.ends = [KILLED, replace(KILLED, rank=0), "finished"]
     thread = threading.Thread(target=anchor.gang.run, args=({},), daemon=True)
     thread.start()
     thread.join(timeout=10)
@@ -412,14 +484,14 @@ def test_workers_that_are_started_ahead_leave_room_for_what_they_wait_for(tmp_pa
 
 def test_too_small_a_cluster_is_waited_for_and_then_given_up(clinic):
     made = clinic(nodes=1, sizes=(4, 2), wait_seconds=0.1)
-    with pytest.raises(RunFailed, match="room for 1 workers and train needs at least 2, .* in 0.1 s .*--resume"):
+    with pytest.raises(RunFailed, match="for 1 workers, and train needs at least 2; no node came in 0.1 s .*--resume"):
         made.run()
     assert made.sizes == [] and len(made.said) == 1 and "waiting for up to 0.1 s for nodes" in made.said[0]
 
 
 def test_jobs_of_the_same_run_are_waited_for_as_long_as_they_take(clinic):
     made = clinic(nodes=2, sizes=(2,), wait_seconds=0.0)
-    other = made.room.place(2, None)
+    other = made.room.place(Demand((2,)))
     made.room.ready(other)
     with made.room.take(other, (2,), lambda slots: None):
         made.ends = ["finished"]

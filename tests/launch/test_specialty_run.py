@@ -17,7 +17,7 @@ def make_run(config_file, tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "put_up", lambda: None)
 
     def run(*overrides):
-        capacity = Capacity(workers=4, use_gpu=False, local=True, device="none")
+        capacity = Capacity(use_gpu=False, local=True, device="none")
         return SpecialtyRun(load(config_file, overrides), RunFolder(tmp_path / "runs/first"), capacity)
 
     return run
