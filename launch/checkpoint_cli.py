@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from moe.config import ModelConfig
     from moe.train.checkpoint import Checkpoint, Damage  # which load torch: a typo is answered before
 
-app = typer.Typer(no_args_is_help=True, help="Verify, inspect and convert what training has saved.")
+app = typer.Typer(no_args_is_help=True, help="Verify, inspect and convert what training has saved.\n\n"
+                                             "Example: polyclinic checkpoint verify runs/quickstart")
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # a tensor called NAME.MOMENT is the optimizer's
 Where = Annotated[Path, typer.Argument(help="A checkpoint, a folder of them, or a run, such as runs/quickstart.")]

@@ -6,12 +6,14 @@ import fcntl
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
-from moe.config import JobConfig, RunConfig
-from moe.config_file import dump
+from moe import manifest as manifests
+from moe.config import JobConfig, RunConfig, Section
+from moe.config_file import dump, load
 from moe.data import sources
 from moe.data.prepare import domains
 from moe.errors import InputError
@@ -20,6 +22,8 @@ from moe.run_folder import RunFolder
 from moe.train import engine_settings
 
 VERSIONS = ("torch", "deepspeed", "ray", "transformers", "tokenizers", "safetensors", "numpy")
+CONFIG_MEND = "want it back, or a copy of the file that the run was begun with in its place"
+SPLITS = ("train", "eval", "calibration")
 
 
 def check(config: RunConfig) -> None:
@@ -45,13 +49,13 @@ def resolve(config: RunConfig, use_gpu: bool) -> RunConfig:
     return config.model_copy(update={"run": config.run.model_copy(update={"precision": precision})})
 
 
-def check_folder(run: RunFolder, resume: bool) -> None:
-    """Refuse a run's folder that cannot be written, or that exists, unless it is to be gone on with. Nothing is left
-    behind: a run that has not begun is not to be in its own way."""
-    if resume and not run.config.exists():
-        raise InputError(f"run {run.path} cannot be resumed: there is none of that name; start it without --resume")
+def check_folder(run: RunFolder, config: RunConfig, resume: bool) -> None:
+    """Refuse a run's folder that cannot be written, or that exists, unless it is to be gone on with and is what it was.
+    Nothing is left behind: a run that has not begun is not to be in its own way."""
     if run.path.exists() and not resume:
         raise InputError(f"run {run.path} exists: want another run.name, or --resume to go on with it")
+    if resume:
+        _check_resumed(run, config)
     missing = [path for path in (run.path, *run.path.parents) if not path.exists()]
     try:
         run.path.mkdir(parents=True, exist_ok=True)
@@ -62,6 +66,61 @@ def check_folder(run: RunFolder, resume: bool) -> None:
             path.rmdir()
     except OSError as error:
         raise InputError(f"run folder {run.path} cannot be written: {error.strerror}") from error
+
+
+def _check_resumed(run: RunFolder, config: RunConfig) -> None:
+    """Raise InputError where the run is not there, is of another model, or has lost some of its text."""
+    if not run.path.exists():
+        raise InputError(f"run {run.path} cannot be resumed: there is none of that name; start it without --resume")
+    if not run.config.exists():
+        raise InputError(f"run {run.path} is incomplete: {run.config.name} is missing; {CONFIG_MEND}")
+    if any(run.path.glob("stages/*/checkpoints/step-*")):
+        try:
+            before = load(run.config)
+        except InputError as error:
+            raise InputError(f"{run.config} is not what it was ({error}); {CONFIG_MEND}") from error
+        _check_same_model(run, before, config)
+    for name in domains(config):
+        if lost := _lost_file(run.stage(f"data-{name}")):
+            raise InputError(f"run {run.path} is incomplete: {lost} is missing; want it back, or delete "
+                             f"{run.stage(f'data-{name}') / 'DONE'}, and that text is prepared again")
+
+
+def _check_same_model(run: RunFolder, before: RunConfig, now: RunConfig) -> None:
+    if type(before) is not type(now):
+        raise InputError(f"run {run.path} is of the other kind (a specialty run, or one training job): want another "
+                         "run.name, or the config that it was begun with")
+    for section in ("model", "tokenizer"):
+        for key, was, wanted in _changes(section, getattr(before, section), getattr(now, section)):
+            was = f"what {run.config} says" if isinstance(was, Section) else was
+            raise InputError(f"{key}={wanted}: want {was}, because run {run.path} has checkpoints of such a model, or "
+                             "another run.name for another model")
+
+
+def _changes(key: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(key, before, now) of what differs."""
+    if isinstance(before, Section) and isinstance(now, type(before)):
+        for (name, was), (_, value) in zip(before, now, strict=True):
+            yield from _changes(f"{key}.{name}", was, value)
+    elif before != now:
+        yield key, before, now
+
+
+def _lost_file(stage: Path) -> Path | None:
+    """One that a finished data stage has written and that is not there any more."""
+    if not (stage / "DONE").is_file():
+        return None
+    for split in (stage / name for name in SPLITS if (stage / name).is_dir()):
+        manifest = split / "manifest.json"
+        try:
+            files = manifests.read(manifest)["files"]
+        except FileNotFoundError:
+            return manifest
+        except (OSError, ValueError, KeyError):
+            continue  # damaged: who opens it says how
+        if lost := next((split / name for name in sorted(files) if not (split / name).is_file()), None):
+            return lost
+    return None
 
 
 def describe(run: RunFolder, config: RunConfig) -> TextIO:

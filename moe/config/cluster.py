@@ -34,3 +34,9 @@ class SpecialtyClusterConfig(ClusterConfig):
 
 class JobClusterConfig(ClusterConfig):
     workers: PositiveInt = 2
+
+    @model_validator(mode="after")
+    def _least_fits(self) -> Self:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"cluster.min_workers={self.min_workers}: want at most cluster.workers={self.workers}")
+        return self

@@ -17,10 +17,6 @@ class DataConfig(Section):
     held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.08  # of `documents`, where `held_out` is empty
     max_characters: PositiveInt | None = None  # cap on the demonstration's training documents
 
-    def with_absolute_paths(self) -> Self:
-        absolute = {key: tuple(path.resolve() for path in getattr(self, key)) for key in ("documents", "held_out")}
-        return self.model_copy(update=absolute)
-
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         given = [

@@ -53,12 +53,6 @@ class JobConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
     deepspeed: dict[str, Any] = {}  # passed through to DeepSpeed after ours; a clash is an error
 
-    def with_absolute_paths(self) -> Self:
-        """The same config for a process with another working directory."""
-        domains = {name: data.with_absolute_paths() for name, data in self.domains.items()}
-        upcycle = self.upcycle and self.upcycle.model_copy(update={"model": self.upcycle.model.resolve()})
-        return self.model_copy(update={"domains": domains, "upcycle": upcycle})
-
     def world_sizes(self) -> tuple[int, ...]:
         """Numbers of workers the job can run on, largest first."""
         return tuple(n for n in self.cluster.sizes(self.cluster.workers) if self.train.fits(n))

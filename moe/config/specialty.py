@@ -56,14 +56,6 @@ class SpecialtyConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
     deepspeed: dict[str, Any] = {}  # passed through to DeepSpeed after ours; a clash is an error
 
-    def with_absolute_paths(self) -> Self:
-        """The same config for a process with another working directory."""
-        owners = {
-            name: owner.model_copy(update={"data": owner.data.with_absolute_paths()})
-            for name, owner in self.owners.items()
-        }
-        return self.model_copy(update={"public": self.public.with_absolute_paths(), "owners": owners})
-
     @model_validator(mode="after")
     def _owners_fit(self) -> Self:
         if self.model.top_k < 2:

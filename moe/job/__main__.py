@@ -2,23 +2,29 @@
 
     torchrun --nproc-per-node 2 -m moe.job CONFIG [key=value ...] [--resume]
 
-The same stages in the same folders as `polyclinic train` makes, so either goes on with what the other has begun.
+The same stages in the same folders as `polyclinic train` makes, so either goes on with what the other has begun. Ranks
+that torchrun itself starts anew (--max-restarts) go on with what the first have begun. Rank 0 speaks for all, but
+what ends them is said on each node; where all were ended by their watchdogs, it says at --resume which of them hung.
+
 Exit status of the ranks: 0 done, 1 a failure, 2 a wrong input, 75 stopped at a checkpoint because the machine is going
-away (SIGTERM): to be run again with --resume. Rank 0 speaks for all; where all ranks were ended by their watchdogs, it
-says at --resume which of them hung, and where.
+away (SIGTERM): to be run again with --resume. torchrun makes 1 of all of them but 0; a script finds `finished`,
+`failed`, `refused` or `preempted` in the last line of the training stage's events.jsonl (moe.job.ending), where this
+start has written one: what is refused before there is a run writes nothing.
+
+    touch begin
+    torchrun ... || find runs/NAME/stages/train/events.jsonl -newer begin -exec tail -n 1 {} +
 """
 
 import argparse
 import contextlib
-import errno
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from moe import run_start, stage_folder
 from moe.config import JobConfig
@@ -26,24 +32,17 @@ from moe.config_file import load
 from moe.data.prepare import prepare
 from moe.errors import InputError
 from moe.job import stages
+from moe.job.ending import PEER_SECONDS, Ending, Failed, Stopped, hung, told
 from moe.job.stages import TRAIN, Plan
 from moe.manifest import value_hash
 from moe.run_folder import RunFolder
 from moe.train import preemption
 
+if TYPE_CHECKING:
+    from moe.job.meeting import Meeting  # which loads torch: a typo is answered before
+
 SECONDS_BETWEEN_LINES = 5.0
-POLL_SECONDS = 0.5  # of the ranks that wait for what rank 0 prepares
-PEER_SECONDS = 3.0  # for which a rank keeps quiet: within it torchrun ends it if rank 0 has said the same
 FAILED, WRONG_INPUT = 1, 2
-FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-class Failed(Exception):
-    """What ended the job, in a sentence that leaves nothing to add."""
-
-
-class Stopped(Exception):
-    """At a checkpoint, because of SIGTERM."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,10 +54,17 @@ def main(arguments: list[str] | None = None) -> int:
         run_ranks(options.config, options.overrides, options.resume)
     except (InputError, Failed) as error:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if os.environ.get("RANK", "0") != "0":
+        wrong_input, first = isinstance(error, InputError), os.environ.get("LOCAL_RANK", "0") == "0"
+        sentence = f"{'wrong input: ' if wrong_input else ''}{error}"
+        if first:
+            _say(sentence)
+        if wrong_input and int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:  # nodes
+            from moe.job.meeting import refuse
+
+            refuse(str(error))
+        if not first:
             time.sleep(PEER_SECONDS)
-        wrong_input = isinstance(error, InputError)
-        _say(f"{'wrong input: ' if wrong_input else ''}{error}")
+            _say(sentence)
         return WRONG_INPUT if wrong_input else FAILED
     except Stopped:
         if os.environ["RANK"] == "0":
@@ -77,28 +83,60 @@ def run_ranks(path: Path, overrides: list[str], resume: bool) -> None:
         raise InputError(f"{missing[0]} is not set: want this to be started by torchrun, which sets it")
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     run = RunFolder(config.run.path)
-    if not config.train.fits(world_size):
-        raise InputError(f"torchrun has started {world_size} ranks: want a number by which train.batch_size="
-                         f"{config.train.batch_size} / train.micro_batch_size={config.train.micro_batch_size} divides")
-    run_start.check(config)
-    if rank == 0:
-        run_start.check_folder(run, resume)
-    import torch  # takes seconds: what is wrong is said before
+    with Ending(run.stage(TRAIN), world_size) if rank == 0 else contextlib.nullcontext() as ending:
+        if ending:
+            ending.ours = resume and run.config.exists()
+        _check_size(config, world_size)
+        run_start.check(config)
+        from moe.job.meeting import Meeting  # torch takes seconds to import: what is wrong is said before
+
+        meeting = Meeting()
+        if ending:
+            ending.ours = (resume or meeting.begun()) and run.config.exists()
+            run_start.check_folder(run, config, resume or ending.ours)
+        _run(config, run, meeting, ending)
+
+
+def _check_size(config: JobConfig, ranks: int) -> None:
+    train = config.train
+    if train.fits(ranks):
+        return
+    most = train.batch_size // train.micro_batch_size
+    fewer = max(n for n in range(1, ranks) if train.fits(n))
+    more = next((n for n in range(ranks, most + 1) if train.fits(n)), None)
+    raise InputError(f"torchrun has started {ranks} ranks, which do not divide train.batch_size={train.batch_size} / "
+                     f"train.micro_batch_size={train.micro_batch_size}: want {fewer}{f' or {more}' if more else ''} of "
+                     "them, --nnodes times --nproc-per-node")
+
+
+def _run(config: JobConfig, run: RunFolder, meeting: "Meeting", ending: Ending | None) -> None:
+    """`ending` is rank 0's."""
+    import torch
 
     config = run_start.resolve(config, torch.cuda.is_available())
-    lock = run_start.describe(run, config) if rank == 0 else None
+    meeting.agree(value_hash(config.with_absolute_paths().model_dump(mode="json")))
+    lock = None
+    if ending:
+        meeting.begin()
+        lock = run_start.describe(run, config)
+        ending.ours = True
     outputs: dict[str, dict[str, Any]] = {}
     seconds: dict[str, float] = {}
     *data, last = stages.plans(config, run)
     for plan in data:
-        _prepare(config, run, plan, outputs, seconds) if rank == 0 else _wait(run, plan, outputs)
-    _train(config, run, last, outputs, seconds)
-    if rank == 0:
+        inputs = _inputs(plan, outputs)
+        if ending:
+            with meeting.working():
+                _prepare(config, run, plan, inputs, outputs, seconds)
+        else:
+            done = partial(_kept, run, plan, inputs, outputs, {})
+            meeting.wait(done, config.cluster.hang_seconds)
+    _train(config, run, last, outputs, seconds, meeting, ending)
+    if lock:
         _finish(config, run, outputs, seconds, lock)
 
 
-def _prepare(config: JobConfig, run: RunFolder, plan: Plan, outputs: dict, seconds: dict) -> None:
-    inputs = _inputs(plan, outputs)
+def _prepare(config: JobConfig, run: RunFolder, plan: Plan, inputs: str, outputs: dict, seconds: dict) -> None:
     if not _kept(run, plan, inputs, outputs, seconds):
         _say(f"{plan.name}: preparing text")
         outputs[plan.name] = stage_folder.run(
@@ -107,13 +145,8 @@ def _prepare(config: JobConfig, run: RunFolder, plan: Plan, outputs: dict, secon
         )  # fmt: skip
 
 
-def _wait(run: RunFolder, plan: Plan, outputs: dict) -> None:
-    """For rank 0, which prepares it. No collective: that would give up long before much text is ready."""
-    while not _kept(run, plan, _inputs(plan, outputs), outputs, {}):
-        time.sleep(POLL_SECONDS)
-
-
-def _train(config: JobConfig, run: RunFolder, plan: Plan, outputs: dict, seconds: dict) -> None:
+def _train(config: JobConfig, run: RunFolder, plan: Plan, outputs: dict, seconds: dict, meeting: "Meeting",
+           ending: Ending | None) -> None:
     inputs = _inputs(plan, outputs)
     if _kept(run, plan, inputs, outputs, seconds):
         return
@@ -126,88 +159,37 @@ def _train(config: JobConfig, run: RunFolder, plan: Plan, outputs: dict, seconds
     from moe.train.watchdog import Watchdog, collective_seconds
 
     backend.force(config.run.backend)
-    folder = run.stage(TRAIN)
-    if os.environ["RANK"] == "0" and (story := _hung(folder / "ranks")):
+    folder, rank, world_size = run.stage(TRAIN), meeting.rank, meeting.world_size
+    if rank == 0 and (story := hung(folder / "ranks")):
         _say(f"the last time {story}")
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     limit = timedelta(seconds=collective_seconds(config.cluster.hang_seconds))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit)
-    connect()
+    with told(folder):
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=meeting.store, rank=rank,
+                                world_size=world_size, timeout=limit)
+        connect()
     preemption.watch()
-    _agree(config, device)
-    rank = dist.get_rank()
 
     def work() -> dict[str, Any]:
-        dist.barrier()  # nobody reads the folder before rank 0 has made sure that it is this job's
-        with _told(folder), Watchdog(folder / "ranks", rank, dist.get_world_size(),
-                                     config.cluster.hang_seconds) as watchdog:
-            finished = train_job(config, run, inputs, device, Lines(config.train.steps), watchdog.beat)
-        dist.barrier()
+        if ending:
+            ending.write("started")
+        with told(folder):
+            dist.barrier()  # nobody reads the folder before rank 0 has made sure that it is this job's
+            with Watchdog(folder / "ranks", rank, world_size, config.cluster.hang_seconds) as watchdog:
+                finished = train_job(config, run, inputs, device, Lines(config.train.steps), watchdog.beat)
+            dist.barrier()
         dist.destroy_process_group()
         if not finished:
             raise Stopped
         return read_figures(config, run)
 
-    if rank == 0:
+    if ending:
         outputs[TRAIN] = stage_folder.run(folder, inputs, work, lambda spent: seconds.update({TRAIN: spent}))
     else:
         work()
-
-
-@contextlib.contextmanager
-def _told(folder: Path) -> Iterator[None]:
-    """Make of what ends the training, in `folder`, a sentence where one says it all: that a disk is full or numbers are
-    none, and where a rank hung that this one has waited for. All else is raised as it is."""
-    from moe.train.checkpoint import SaveFailed
-    from moe.train.finite import NotFinite
-
-    try:
-        yield
-    except (SaveFailed, NotFinite) as error:
-        raise Failed(f"{error}; {_what_is_left(folder)}") from error
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise Failed(f"{folder} could not be written to: {error.strerror}; {_what_is_left(folder)}") from error
-    except RuntimeError as error:
-        if story := _hung(folder / "ranks"):
-            raise Failed(f"{story}; {_what_is_left(folder)}") from error
-        # Where this rank has only lost another one, that one's end is the story: torchrun tells it, and ends this one.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(PEER_SECONDS * (int(os.environ["WORLD_SIZE"]) > 1))
-        raise
-
-
-def _what_is_left(folder: Path) -> str:
-    from moe.train import checkpoint
-
-    newest = checkpoint.newest(folder / "checkpoints")
-    return (f"{newest} is kept, and the same command with --resume goes on from there" if newest
-            else "no checkpoint had been written")  # fmt: skip
-
-
-def _hung(ranks: Path) -> str:
-    """What the watchdogs of the newest start have found, if they have ended ranks that hung."""
-    from moe.train.watchdog import diagnose, read_rank
-
-    record = read_rank(ranks, 0)
-    return diagnose(ranks, record["world_size"]) if record else ""
-
-
-def _agree(config: JobConfig, device: Any) -> None:
-    """Raise InputError on all ranks where they have been given different configs."""
-    import torch
-    import torch.distributed as dist
-
-    number = int(value_hash(config.with_absolute_paths().model_dump(mode="json"))[:12], 16)
-    seen = torch.tensor([number, -number], device=device)
-    dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-    if seen[0] != -seen[1]:
-        raise InputError("the ranks have different configs: want the same file and overrides on each node, and "
-                         "run.precision given where auto means something else on some of them")
 
 
 def _finish(config: JobConfig, run: RunFolder, outputs: dict, seconds: dict, lock: TextIO) -> None:

@@ -47,7 +47,7 @@ def plans(config: JobConfig, run: RunFolder) -> list[Plan]:
         "train": config.train.learned(),
         "balance": config.balance.model_dump(mode="json"),
         "upcycle": source,
-        "micro_batch": config.train.micro_batch_size if config.balance.method == "micro_batch" else None,
+        "micro_batch": config.train.micro_batch_size if config.balance.method in ("micro_batch", "global") else None,
         "seed": seed,
         "precision": config.run.precision,
         "backend": config.run.backend,

@@ -18,7 +18,8 @@ def open_split(run: RunFolder, domains: list[str], split: str, tokenizer_hash: s
             found[domain] = PackedDocuments(run.shards(domain, split), tokenizer_hash, dist.get_rank(),
                                             dist.get_world_size())
     except InputError as error:
-        said = str(error)
+        done = run.stage(f"data-{domain}") / "DONE"
+        said = f"{error}; want it back, or delete {done}, and with --resume that text is prepared again"
     if said := _first(said, device):
         raise InputError(said)
     return found

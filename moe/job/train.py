@@ -2,12 +2,9 @@
 a `report`, and uses the process group that stands.
 """
 
-import contextlib
 import json
 import logging
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +29,11 @@ from moe.train import checkpoint
 from moe.train.loop import Job, train
 from moe.train.recorder import Report
 from moe.train.telemetry import sayable
+from moe.train.together import together
 from moe.train.watchdog import Beat, no_watchdog
 
 log = logging.getLogger(__name__)
 
-SLICE_SECONDS = 1.0  # between looks at whether the model's files grow
 HELD_OUT_TOKENS = 16384  # of each domain, in the evaluations during training
 
 
@@ -52,7 +49,8 @@ def train_job(
 
     Every rank of the job must call it. Where all updates are done already, it only measures and writes."""
     tokens = tokenizer.load(run.tokenizer)
-    model = build(config, tokens.get_vocab_size(), device).to(device)
+    model = build(config, tokens.get_vocab_size(), device, beat).to(device)
+    beat("text")
     texts = {split: open_split(run, list(config.domains), split, tokenizer.identity(tokens), device)
              for split in ("train", "eval")}
     loader = Loader(
@@ -78,12 +76,12 @@ def train_job(
 
     if not train(_job(config, run, identity), model, loader, held_out, report, beat=beat, at_end=at_end):
         return False
-    _written_by_rank_0(lambda: save(config, run, tokens), run.model, device, beat)
+    together((lambda: save(config, run, tokens)) if dist.get_rank() == 0 else None, device, beat, "model")
     dist.barrier()
     return True
 
 
-def build(config: JobConfig, vocab_size: int, device: torch.device) -> Decoder:
+def build(config: JobConfig, vocab_size: int, device: torch.device, beat: Beat = no_watchdog) -> Decoder:
     """The model before its first update, of which this rank has what the mesh gives it. Every rank must call it."""
     parallel = config.parallel
     nodes = workers_on_each_node(device)
@@ -95,7 +93,7 @@ def build(config: JobConfig, vocab_size: int, device: torch.device) -> Decoder:
     if not config.upcycle:
         model = Decoder(config.model, vocab_size, mesh=mesh, exchange_chunks=parallel.exchange_chunks)
         return model.initialise(config.run.seed)
-    dense = model_folder.load(config.upcycle.model).decoder
+    dense = together(lambda: model_folder.load(config.upcycle.model).decoder, device, beat, "upcycling")
     return upcycle(dense, config.model, vocab_size, config.upcycle.reinitialise, config.run.seed, mesh,
                    parallel.exchange_chunks)
 
@@ -105,36 +103,6 @@ def save(config: JobConfig, run: RunFolder, tokens: Tokenizer) -> None:
     last = checkpoint.open_checkpoint(checkpoint.newest(run.stage(stages.TRAIN) / "checkpoints"))
     assert last.state.step == config.train.steps, f"{last.path} is not of the last update"
     model_folder.save(run.model, model_of(last, config.model, tokens, getattr(torch, config.run.precision)))
-
-
-def _written_by_rank_0(write: Callable[[], None], folder: Path, device: torch.device, beat: Beat) -> None:
-    """Rank 0 writes a folder; nobody's watchdog takes the wait for a hang as long as its files grow. Every rank must
-    call it; raises on rank 0 what `write` raises."""
-    before = -1
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        work = pool.submit(write) if dist.get_rank() == 0 else None
-        done = False
-        while not done:
-            told = torch.zeros(2, device=device)  # whether it is done, whether it goes on; rank 0 tells
-            if work:
-                wait([work], SLICE_SECONDS)
-                now = _bytes_written(folder)
-                told[0], told[1], before = work.done(), now != before, now
-            dist.all_reduce(told)
-            done = bool(told[0])
-            if done or told[1]:
-                beat("model")
-    if work:
-        work.result()
-
-
-def _bytes_written(folder: Path) -> int:
-    """Of a folder that is written beside its place, under a hidden name."""
-    total = 0
-    for path in folder.parent.glob(f".{folder.name}.*/*"):
-        with contextlib.suppress(FileNotFoundError):  # it has been renamed just now
-            total += path.stat().st_size
-    return total
 
 
 def read_figures(config: JobConfig, run: RunFolder) -> dict[str, Any]:

@@ -162,7 +162,7 @@ def cluster(monkeypatch):
 
     @contextlib.contextmanager
     def session(config):
-        yield Capacity(workers=2, use_gpu=False, local=True, device="none")
+        yield Capacity(use_gpu=False, local=True, device="none")
 
     monkeypatch.setattr(launch_train, "session", session)
 

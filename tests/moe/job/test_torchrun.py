@@ -1,5 +1,5 @@
-"""A whole job under torchrun, as a user starts it: told to go at an update, gone on with by fewer ranks, and refused
-where a shard is damaged."""
+"""A whole job under torchrun, as a user starts it: told to go at an update, gone on with by fewer ranks, refused where
+a shard is damaged, killed and started anew by torchrun itself."""
 
 import json
 import os
@@ -23,9 +23,10 @@ ROOT = Path(__file__).parents[3]
 TIMEOUT = 120  # seconds a run may take on a busy machine; a quiet one needs 6
 
 
-def start(ranks: int, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m",
-               "moe.job", *arguments]  # fmt: skip
+def start(ranks: int, *arguments: str, how: tuple[str, ...] = ("--standalone",)) -> subprocess.Popen:
+    """`how` is said to torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", *how, f"--nproc-per-node={ranks}", "-m", "moe.job",
+               *arguments]  # fmt: skip
     return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True)
 
@@ -35,6 +36,14 @@ def finish(process: subprocess.Popen) -> str:
         return process.communicate(timeout=TIMEOUT)[0]
     finally:
         process.kill()
+
+
+def events(run: RunFolder) -> list[str]:
+    return [json.loads(line)["event"] for line in (run.stage("train") / "events.jsonl").read_text().splitlines()]
+
+
+def pid_of_rank(run: RunFolder, rank: int) -> int:
+    return json.loads((run.stage("train") / f"ranks/rank-{rank}.json").read_text())["pid"]
 
 
 def wait_for_update(run: RunFolder, process: subprocess.Popen, update: int) -> None:
@@ -51,7 +60,7 @@ def job(make_job):
     run = RunFolder(load(path).run.path)
     process = start(2, str(path))
     wait_for_update(run, process, 3)
-    os.kill(json.loads((run.stage("train") / "ranks/rank-1.json").read_text())["pid"], signal.SIGTERM)
+    os.kill(pid_of_rank(run, 1), signal.SIGTERM)
     return path, run, finish(process)
 
 
@@ -65,13 +74,14 @@ def finished(job):
 def test_a_rank_that_is_told_to_go_stops_the_job_at_a_checkpoint(job):
     path, run, said = job
     assert "told to go (SIGTERM), stopped at a checkpoint; the same command with --resume goes on from there" in said
-    assert "exitcode  : 75" in said
+    assert "exitcode  : 75" in said and events(run) == ["started", "preempted"]
     saved = checkpoint.open_checkpoint(checkpoint.newest(run.stage("train") / "checkpoints"))
     assert 3 <= saved.state.step < 40 and saved.manifest["world_size"] == 2
 
 
 def test_another_number_of_ranks_goes_on_and_writes_model_and_results(job, finished):
     path, run, _ = job
+    assert events(run)[2:] == ["started", "finished"]
     config, results = load(path), json.loads(run.results.read_text())
     assert "preparing text" not in finished and "all" in finished and str(run.results) in finished
     assert [row["step"] for row in read(run.stage("train") / "metrics.jsonl")] == list(range(1, 41))
@@ -95,4 +105,35 @@ def test_what_is_to_be_measured_anew_is_refused_where_a_shard_is_damaged(job, fi
     shard.write_bytes(content)
     said = finish(start(2, str(path), "--resume", "evaluation.tokens=500"))
     assert f"wrong input: shard {shard} is damaged" in said and said.count("wrong input") == 1
-    assert "exitcode  : 2" in said
+    assert "exitcode  : 2" in said and events(run)[4:] == ["started", "refused"]
+
+
+def test_a_name_in_use_stays_refused_however_often_torchrun_tries_again(job, finished):
+    path, run, _ = job
+    before = {file: file.stat().st_mtime_ns for file in run.path.rglob("*")}
+    said = finish(start(1, str(path), how=("--standalone", "--max-restarts=1")))
+    assert said.count(f"wrong input: run {run.path} exists: want another run.name, or --resume") == 2, said
+    assert before == {file: file.stat().st_mtime_ns for file in run.path.rglob("*")}
+
+
+def test_ranks_that_torchrun_starts_anew_go_on(make_job):
+    path = make_job()
+    run = RunFolder(load(path).run.path)
+    process = start(2, str(path), "train.checkpoint_every=5", how=("--standalone", "--max-restarts=1"))
+    wait_for_update(run, process, 8)
+    os.kill(pid_of_rank(run, 1), signal.SIGKILL)
+    said = finish(process)
+    assert process.returncode == 0, said
+    assert events(run) == ["started", "failed", "started", "finished"], said
+    assert [row["step"] for row in read(run.stage("train") / "metrics.jsonl")] == list(range(1, 41))
+    assert "rank 0 has lost the connection to another" in said and "Traceback" not in said, said
+
+
+def test_what_is_wrong_on_one_node_ends_all_of_them_before_there_is_anything(make_job, free_port):
+    path = make_job()
+    common = ("--nnodes=2", "--master-addr=127.0.0.1", f"--master-port={free_port()}")
+    nodes = [start(1, str(path), *wrong, how=(*common, f"--node-rank={node}"))
+             for node, wrong in enumerate(((), ("train.steps=41",)))]
+    said = [finish(node) for node in nodes]
+    assert all(text.count("wrong input: rank 1 on ") == 1 and "has another config than rank 0" in text for text in said)
+    assert all("exitcode  : 2" in text for text in said) and not load(path).run.path.exists()
