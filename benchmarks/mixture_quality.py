@@ -43,9 +43,9 @@ from moe.train.schedule import warmup_cosine
 RESULTS = Path(__file__).parent / "results"
 WIDTHS = dict(d_model=128, num_layers=4, num_heads=4, num_kv_heads=2)
 MIXTURE = MixtureConfig(num_experts=8, top_k=2, d_ff=192)
-# Ten and fifty times the defaults: these few hundred updates at a high rate have to balance what long runs have
+# Five and ten times the defaults: these few hundred updates at a high rate have to balance what long runs have
 # thousands for. In the first of them hidden states are much alike, and every layer sends all to a few experts.
-METHODS = {method: BalanceConfig(method=method, weight=0.1, bias_step=0.05)
+METHODS = {method: BalanceConfig(method=method, weight=0.05, bias_step=0.01)
            for method in ("none", "micro_batch", "sequence", "global", "bias")}
 DENSE = "dense"
 BATCH_SIZE, MICRO_BATCH_SIZE = 8, 4  # sequences: two micro-batches, so that a batch is not a micro-batch
@@ -58,7 +58,7 @@ SMOOTH = 10  # updates over which the plot averages
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a finished run's folder")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--out", type=Path, default=RESULTS / "mixture_quality.jsonl")
     options = parser.parse_args()
     run, device = RunFolder(options.run), torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -111,7 +111,7 @@ def measured(name: str, run: RunFolder, steps: int, device: torch.device, advanc
 
 def train(model: Decoder, config: BalanceConfig, loader: Loader, steps: int) -> Iterator[dict[str, Any]]:
     """Of every update its mean loss in nats, and where its tokens went."""
-    balance = Balance(model, config)
+    balance = Balance(model, config, BATCH_SIZE // MICRO_BATCH_SIZE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY,
                                   fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(

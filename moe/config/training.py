@@ -28,8 +28,13 @@ class TrainConfig(Section):
     checkpoint_every: PositiveInt  # steps
     max_skipped: NonNegativeInt = 10  # updates left out in a row, because a gradient was not finite, before it gives up
 
+    @property
+    def micro_batches(self) -> int:
+        """Of an update, over all ranks."""
+        return self.batch_size // self.micro_batch_size
+
     def gradient_accumulation(self, world_size: int) -> int:
-        return self.batch_size // (self.micro_batch_size * world_size)
+        return self.micro_batches // world_size
 
     def fits(self, world_size: int) -> bool:
         return self.batch_size % (self.micro_batch_size * world_size) == 0

@@ -7,9 +7,10 @@ f_s = c_s / sum of c, and the mean score P_s that the router gives each (kernels
 
     micro_batch   balance = S sum_s f_s P_s             over the micro-batch; Switch, arXiv:2101.03961 eq. 4
     sequence      the same over each training sequence, and the mean of those; DeepSeek-V3, arXiv:2412.19437 eq. 17-20
-    global        f over the whole batch, all micro-batches and ranks; arXiv:2501.11873. Here f is that of the
-                  update before, kept in the router's `load`: f has no gradient in any case and moves slowly, and so
-                  nothing is exchanged inside a forward. The first update has f even, and with it no gradient
+    global        f over the whole batch, all micro-batches and ranks; arXiv:2501.11873. Here the micro-batch counts
+                  as it is, and all others as the whole was in the update before, kept in the router's `load`: f has no
+                  gradient in any case, and so nothing is exchanged inside a forward. Without its own part f would lag,
+                  and routers that learn fast would swing about it
     bias          no balance loss. After each update every expert's selection bias, which only the choice sees, moves by
                   bias_step * sign(mean count - its count); arXiv:2408.15664 algorithm 1, DeepSeek-V3 section 2.1.2.
                   Of these moves their mean is taken off: that changes no choice and keeps the biases near zero, where
@@ -51,8 +52,9 @@ class RouterLoss(NamedTuple):
 class Balance:
     """Of an ordinary mixture's routers. Other models have none: a dense one costs nothing, a pack has its z-loss."""
 
-    def __init__(self, model: Decoder, config: BalanceConfig):
-        self.config = config
+    def __init__(self, model: Decoder, config: BalanceConfig, micro_batches: int = 1):
+        """An update is made of so many micro-batches, over all ranks."""
+        self.config, self._micro_batches = config, micro_batches
         self.routers = [router for router in model.routers() if isinstance(router, BalancedRouter)]
         self._length = model.config.context_length
         self._sums: Tensor | None = None  # [2, L, S] float64: counts, shares of this update so far, on this rank
@@ -70,7 +72,9 @@ class Balance:
     def _of_layer(self, router: BalancedRouter, route: Route) -> Tensor:
         if self.config.method == "sequence":
             return sequence_balance(route, router.gate.score, router.present_S, self._length)
-        count_S = route.count_S if self.config.method == "micro_batch" else router.load
+        count_S = route.count_S
+        if self.config.method == "global":
+            count_S = count_S + (self._micro_batches - 1) * count_S.sum() * router.load
         return kernels.balance_loss(count_S, route.share_S, router.present_S)
 
     @torch.no_grad()

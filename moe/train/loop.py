@@ -62,7 +62,7 @@ def train(
     metrics = Metrics(job.folder / "metrics.jsonl", state.step, job.tracking, job.name) if engine.rank == 0 else None
     accumulation = config.gradient_accumulation(engine.world_size)
     recorder = Recorder(engine, metrics, report, config.batch_size * model.config.context_length)
-    balance, watch = Balance(model, job.balance), Watch(model, job.balance)
+    balance, watch = Balance(model, job.balance, config.micro_batches), Watch(model, job.balance)
     guard = Guard(job.folder, engine.rank, config.max_skipped)
 
     while state.step < config.steps and not recorder.stop_requested:
