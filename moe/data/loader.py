@@ -11,6 +11,7 @@ Where replay text is mixed in at share s, sequence k of the run is replayed when
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import floor
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,10 +37,16 @@ class Batch:
         return [packed.document_id(number) for packed, number in self.origins]
 
     def to(self, device: torch.device) -> "Batch":
+        """To a GPU from page-locked memory, so that nobody waits for the copy but the GPU."""
         if device.type == "cpu":
             return self
-        moved = documents(self.documents.boundaries, device)
-        return Batch(self.token_T.to(device), self.label_T.to(device), moved, self.origins)
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.pin_memory().to(device, non_blocking=True)
+
+        boundaries, cu_seqlens, position_T, _ = self.documents
+        moved = Documents(boundaries, move(cu_seqlens), move(position_T), {})
+        return Batch(move(self.token_T), move(self.label_T), moved, self.origins)
 
 
 @dataclass(frozen=True)
@@ -146,27 +153,51 @@ def collate(pieces: list[Piece]) -> Batch:
     )
 
 
+class Window(NamedTuple):
+    """A stretch of a document that is read as one."""
+
+    document: int
+    start: int  # of its tokens
+    size: int  # tokens that are predicted from, each the next one
+
+
 def whole_documents(
     packed: PackedDocuments, length: int, tokens_per_batch: int, limit: int | None = None
 ) -> Iterator[tuple[Batch, int]]:
-    """(batch, UTF-8 bytes of the documents that start in it): every document once, in order, until `limit` tokens.
+    """The batches of `plan_documents`, each with the UTF-8 bytes of the documents that start in it."""
+    return ((read_windows(packed, windows), num_bytes)
+            for windows, num_bytes in plan_documents(packed, length, tokens_per_batch, limit))
+
+
+def plan_documents(
+    packed: PackedDocuments, length: int, tokens_per_batch: int, limit: int | None = None
+) -> Iterator[tuple[list[Window], int]]:
+    """(what a batch is made of, UTF-8 bytes of the documents that start in it): every document once, in order, until
+    `limit` tokens. No token is read for it, so that a rank need not read what others evaluate.
 
     For evaluation: every token but <|bos|> is predicted exactly once. A document longer than `length` is cut into
     windows that do not see one another."""
-    pieces: list[Piece] = []
+    windows: list[Window] = []
     size = given = num_bytes = 0
     for document in range(len(packed)):
         if limit is not None and given >= limit:
             break
-        tokens = packed.tokens(document).astype(np.int64)
-        given += len(tokens) - 1
+        predicted = int(packed.lengths[document]) - 1
+        given += predicted
         num_bytes += packed.num_bytes(document)
-        for start in range(0, len(tokens) - 1, length):
-            window = tokens[start : start + length + 1]
-            pieces.append(Piece((packed, document), window[:-1], window[1:]))
-            size += len(window) - 1
+        for start in range(0, predicted, length):
+            windows.append(Window(document, start, min(length, predicted - start)))
+            size += windows[-1].size
             if size >= tokens_per_batch:
-                yield collate(pieces), num_bytes
-                pieces, size, num_bytes = [], 0, 0
-    if pieces:
-        yield collate(pieces), num_bytes
+                yield windows, num_bytes
+                windows, size, num_bytes = [], 0, 0
+    if windows:
+        yield windows, num_bytes
+
+
+def read_windows(packed: PackedDocuments, windows: Sequence[Window]) -> Batch:
+    pieces = []
+    for document, start, size in windows:
+        tokens = packed.tokens(document, start, start + size + 1).astype(np.int64)
+        pieces.append(Piece((packed, document), tokens[:-1], tokens[1:]))
+    return collate(pieces)

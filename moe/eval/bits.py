@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from moe.data.loader import whole_documents
+from moe.data.loader import plan_documents, read_windows
 from moe.data.shards import PackedDocuments
 from moe.model import Decoder, Output
 
@@ -57,13 +57,13 @@ def count_bits(
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = model.embedding.weight.device
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats, bytes
-    batches = whole_documents(packed, model.config.context_length, TOKENS_PER_BATCH, max_tokens)
-    while dealt := list(islice(batches, world_size)):
+    plans = plan_documents(packed, model.config.context_length, TOKENS_PER_BATCH, max_tokens)
+    while dealt := list(islice(plans, world_size)):
         # A rank that the last batches leave without one goes through the first of them again: where experts or weights
         # are spread, the others need it.
         mine = rank < len(dealt)
-        batch, num_bytes = dealt[rank if mine else 0]
-        batch = batch.to(device)
+        windows, num_bytes = dealt[rank if mine else 0]
+        batch = read_windows(packed, windows).to(device)
         weight_T = torch.ones(batch.label_T.shape, device=device)
         output = (forward or model)(batch.token_T, batch.documents, 0.0, 0, batch.label_T, weight_T)
         if mine:

@@ -22,6 +22,7 @@ from moe.specialty.pack import Pack, open_slot
 from moe.specialty.triage import fit_router
 from moe.train.loop import Job, train
 from moe.train.recorder import Report
+from moe.train.together import together
 from moe.train.watchdog import Beat, no_watchdog
 
 HELD_OUT_TOKENS = 16384  # of the evaluations during training; the last one of a run measures all of the text
@@ -40,13 +41,16 @@ def train_anchor(
     Every rank of the job must call it."""
     tokens = tokenizer.load(run.tokenizer)
     model = Decoder(config.model, tokens.get_vocab_size()).initialise(config.run.seed).to(device)
-    own = _open(run, PUBLIC, "train", tokens)
+    own, held_out = _open(run, [(PUBLIC, "train"), (PUBLIC, "eval")], tokens, device, beat)
     loader = _loader(config, config.anchor, own)
     job = _job(config, run, "anchor", identity, config.anchor)
-    if not train(job, model, loader, _held_out(model, _open(run, PUBLIC, "eval", tokens), beat), report, beat=beat):
+    if not train(job, model, loader, _held_out(model, held_out, beat), report, beat=beat):
         return False
-    if dist.get_rank() == 0:
+
+    def write() -> None:
         model_folder.save(run.anchor, ModelFolder(model.cpu(), tokens))
+
+    together(write if dist.get_rank() == 0 else None, device, beat, "model")
     dist.barrier()
     return True
 
@@ -63,26 +67,24 @@ def train_pack(
     """Train an owner's pack on its own documents and public replay; write packs/OWNER; False when it stopped early.
 
     Every rank of the job must call it. Of the run's data it opens the owner's and the public part only."""
-    anchor = model_folder.load(run.anchor, device)
-    anchor_hash = anchor.identity()
+    anchor = together(lambda: model_folder.load(run.anchor, device), device, beat, "anchor")
+    anchor_hash = together(anchor.identity, device, beat, "anchor")
     model = open_slot(anchor.decoder, config.owners[owner].slot)
-    train_text, held_out, public = (
-        _open(run, owner, "train", anchor.tokenizer),
-        _open(run, owner, "eval", anchor.tokenizer),
-        _open(run, PUBLIC, "train", anchor.tokenizer),
-    )
+    wanted = [(owner, "train"), (owner, "eval"), (PUBLIC, "train"), (PUBLIC, "calibration")]
+    train_text, held_out, public, unseen = _open(run, wanted, anchor.tokenizer, device, beat)
     own_sample, public_sample, calibration = (
         list(_batches(config, text, tokens))
         for text, tokens in (
             (train_text, config.pack.router_tokens),
             (public, config.pack.router_tokens),
-            (_open(run, PUBLIC, "calibration", anchor.tokenizer), config.calibration.tokens),
+            (unseen, config.calibration.tokens),
         )
     )
 
     def fit(step: int) -> None:
         if step % config.pack.fit_router_every:
             return
+        beat("router")
         if dist.get_rank() == 0:
             fit_router(model, own_sample, public_sample, calibration, config.calibration.rho)
         for layer in model.layers:
@@ -93,16 +95,24 @@ def train_pack(
     job = _job(config, run, f"pack-{owner}", identity, config.pack.train, config.pack.z_loss_weight)
     if not train(job, model, loader, _held_out(model, held_out, beat), report, before_update=fit, beat=beat):
         return False
-    if dist.get_rank() == 0:
-        fit_router(model, own_sample, public_sample, calibration, config.calibration.rho)
+
+    def write() -> None:
         data = {"data": value_hash(train_text.manifest), "public_data": value_hash(public.manifest)}
         Pack.of(model, owner, anchor_hash, {**data, "training": identity}).save(run.pack(owner))
+
+    beat("router")
+    if dist.get_rank() == 0:
+        fit_router(model, own_sample, public_sample, calibration, config.calibration.rho)
+    together(write if dist.get_rank() == 0 else None, device, beat, "pack")
     dist.barrier()
     return True
 
 
-def _open(run: RunFolder, domain: str, split: str, tokens: tokenizer.Tokenizer) -> PackedDocuments:
-    return PackedDocuments(run.shards(domain, split), tokenizer.identity(tokens))
+def _open(run: RunFolder, wanted: list[tuple[str, str]], tokens: tokenizer.Tokenizer, device: torch.device, beat: Beat
+          ) -> list[PackedDocuments]:
+    """A split of each domain. Every rank must call it; each hashes all of it."""
+    known = tokenizer.identity(tokens)
+    return together(lambda: [PackedDocuments(run.shards(*each), known) for each in wanted], device, beat, "text")
 
 
 def _batches(config: SpecialtyConfig, packed: PackedDocuments, limit: int) -> Iterator[Batch]:

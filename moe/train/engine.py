@@ -3,6 +3,10 @@
 It builds the optimizer, shards its state (ZeRO 1 to 3), reduces and clips gradients, and hands out the float32 masters,
 moments and buffers in pieces of logical tensors, so that a checkpoint does not depend on how many ranks wrote it.
 
+In bfloat16 each micro-batch's gradients are of that type, and their sums over micro-batches and ranks are float32. That
+takes 4 bytes a parameter of each rank in ZeRO 1 (beside 2 for the gradients of the micro-batch under way), 4 bytes
+shared among the ranks in ZeRO 2 and 3, and 4 bytes instead of 2 on the way between ranks and in the buckets for it.
+
 Experts that are spread over ranks (moe.parallel) have optimizer groups of their own: their gradients are averaged over
 the ranks that hold the same ones, and divided by the number of all ranks, as all others are.
 """
@@ -33,6 +37,7 @@ if not torch.cuda.is_available():
 import deepspeed
 import deepspeed.ops
 from deepspeed.moe.layer import MoE
+from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 from deepspeed.utils import groups
 
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
@@ -83,7 +88,7 @@ class Engine:
             optimizer,
             lambda step: warmup_cosine(step, config.steps, config.warmup_steps, config.final_learning_rate_share),
         )
-        with _experts_known(model):
+        with _experts_known(model), _one_optimizer():
             self._engine, self._optimizer, _, self._schedule = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
@@ -248,6 +253,19 @@ def _experts_known(model: Decoder) -> Iterator[None]:
     finally:
         if spread:
             del model.experts_for_deepspeed
+
+
+@contextlib.contextmanager
+def _one_optimizer() -> Iterator[None]:
+    """Keep DeepSpeed from choosing, for bfloat16 with float32 sums in ZeRO 1, another optimizer than for all else.
+
+    That one reduces all gradients in a single exchange, whatever the buckets' size, and writes to the terminal."""
+    checked = DeepSpeedEngine._do_optimizer_sanity_check
+    DeepSpeedEngine._do_optimizer_sanity_check = lambda *given: checked(*given) and ZERO_OPTIMIZATION
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._do_optimizer_sanity_check = checked
 
 
 def _spread(model: Decoder) -> dict[str, nn.Module]:

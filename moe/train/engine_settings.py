@@ -12,7 +12,7 @@ HOW_TO_TRAIN = "the sections on training say how to train"
 REFUSED = {
     "optimizer": HOW_TO_TRAIN,
     "scheduler": HOW_TO_TRAIN,
-    "data_types": "gradients are summed in the weights' type and masters are float32",
+    "data_types": "gradients are summed in float32 and masters are float32",
     "amp": "run.precision says in which type to compute",
     "torch_autocast": "run.precision says in which type to compute",
     "gradient_allreduce_op": "gradients are averaged over ranks",
@@ -84,6 +84,10 @@ def settings(config: TrainConfig, precision: str, world_size: int, passthrough: 
         "zero_allow_untested_optimizer": config.optimizer == "sgd",
         "zero_force_ds_cpu_optimizer": False,  # offloaded state is moved by the same AdamW
     }
+    if precision == "bfloat16":
+        # A micro-batch's gradient has bfloat16's 8 bits. A sum of them, over micro-batches or over ranks, wants more:
+        # in bfloat16 that of 16 micro-batches was off by 0.4 % and of 64 by 0.9 %, in float32 by 2e-8.
+        ours |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     return _merge(ours, passthrough, "deepspeed")
 
 

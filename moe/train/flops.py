@@ -20,6 +20,8 @@ def training_flops_per_token(model: Decoder) -> float:
         if isinstance(module, MixtureFFN):
             used = min(module.router.gate.top_k, module.router.num_present) / len(module.experts)
             share.update({id(p): used for p in module.experts.parameters()})
+    if not model.config.tie_embeddings:
+        share[id(model.embedding.weight)] = 0.0  # a row of it is looked up, and there is no product
     return sum((6 if p.requires_grad else 4) * _whole(p) * share.get(id(p), 1.0) for p in model.parameters())
 
 

@@ -3,6 +3,7 @@
     FOLDER/step-00000100/shard-00000-of-00004.safetensors   whole logical tensors, float32, of the rank that wrote them
     FOLDER/step-00000100/manifest.json                      what the run must know to go on, what the job is, and of
                                                             each tensor its shape, its shard and its SHA-256
+    FOLDER/step-00000200.damaged                            one that was passed over, for whoever can mend it
 """
 
 import io
@@ -30,6 +31,7 @@ NAME = re.compile(r"step-(\d{8})")
 VERSIONS = ("torch", "deepspeed", "safetensors")
 ITEM_BYTES = 4  # float32
 PART_BYTES = 2**20  # hashed and written at a time
+FLUSH_BYTES = 2**26  # written before the disk is waited for, so that on a slow one the writing is seen to move
 
 
 @dataclass
@@ -176,6 +178,16 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08}"
 
 
+def set_aside(path: Path) -> Path:
+    """Rename a checkpoint so that no run looks at it or deletes it; renamed back it counts again. Raises OSError."""
+    number, aside = 1, path.with_name(f"{path.name}.damaged")
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}.damaged-{number}")
+    os.replace(path, aside)
+    return aside
+
+
 def shard_name(rank: int, world_size: int) -> str:
     return f"shard-{rank:05}-of-{world_size:05}.safetensors"
 
@@ -193,7 +205,7 @@ def write_shard(path: Path, tensors: dict[str, Tensor], pace: Pace) -> dict[str,
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8 bytes
-    records = {}
+    records, unflushed = {}, 0
     with path.open("wb", buffering=0) as file:
         _write(file, len(text).to_bytes(8, "little") + text)
         for name, tensor in tensors.items():
@@ -202,6 +214,10 @@ def write_shard(path: Path, tensors: dict[str, Tensor], pace: Pace) -> dict[str,
                 part = data[first : first + PART_BYTES]
                 digest.update(part)
                 _write(file, part)
+                unflushed += len(part)
+                if unflushed >= FLUSH_BYTES:
+                    os.fsync(file.fileno())
+                    unflushed = 0
                 pace.rest()
             records[name] = {"shape": list(tensor.shape), "shard": path.name, "sha256": digest.hexdigest()}
     flush(path)

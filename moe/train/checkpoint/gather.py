@@ -48,22 +48,28 @@ def make_plan(pieces: Sequence["Piece"], engine: "Engine") -> Plan:
     return plan(everyone, engine.rank, BUCKET_BYTES // 4)
 
 
-def room_for(plan: Plan) -> dict[str, Tensor]:
-    """Of the whole tensors that this rank writes, float32 on the CPU."""
-    return {name: torch.empty(shape, dtype=torch.float32) for name, shape in plan.shapes.items()}
+def room_for(plan: Plan, device: torch.device) -> dict[str, Tensor]:
+    """Of the whole tensors that this rank writes, float32 on the CPU; page-locked where they come from a GPU, which
+    takes up to twice the memory: torch rounds each tensor's up to a power of two."""
+    pinned = device.type == "cuda"
+    return {name: torch.empty(shape, dtype=torch.float32, pin_memory=pinned) for name, shape in plan.shapes.items()}
 
 
 def snapshot(plan: Plan, pieces: Sequence["Piece"], engine: "Engine", tensors: dict[str, Tensor]) -> None:
-    """Copy the whole tensors that this rank writes into their room."""
+    """Copy the whole tensors that this rank writes into their room. From a GPU no copy is waited for, but all at the
+    end."""
     flat = {name: tensor.view(-1) for name, tensor in tensors.items()}
     for s in plan.own:
-        flat[s.name][s.start : s.start + s.numel] = pieces[s.piece].values[s.offset : s.offset + s.numel]
+        values = pieces[s.piece].values[s.offset : s.offset + s.numel]
+        flat[s.name][s.start : s.start + s.numel].copy_(values, non_blocking=True)
     for exchange in plan.rounds:
         sent = torch.empty(sum(exchange.sent_counts), device=engine.device)
         received = torch.empty(sum(exchange.received_counts), device=engine.device)
         for s, part in zip(exchange.sent, sent.split([s.numel for s in exchange.sent]), strict=True):
             part.copy_(pieces[s.piece].values[s.offset : s.offset + s.numel])  # from the host, where state is offloaded
         dist.all_to_all_single(received, sent, exchange.received_counts, exchange.sent_counts)
-        parts = received.cpu().split([s.numel for s in exchange.received])
+        parts = received.split([s.numel for s in exchange.received])
         for s, part in zip(exchange.received, parts, strict=True):
-            flat[s.name][s.start : s.start + s.numel] = part
+            flat[s.name][s.start : s.start + s.numel].copy_(part, non_blocking=True)
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize(engine.device)

@@ -2,16 +2,24 @@
 
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from moe.errors import InputError
-from moe.train.checkpoint.files import Checkpoint, DamagedCheckpoint, State, open_checkpoint, step_folders
+from moe.train.checkpoint.files import (
+    Checkpoint,
+    DamagedCheckpoint,
+    State,
+    open_checkpoint,
+    set_aside,
+    step_folders,
+)
 from moe.train.checkpoint.gather import sums, values_of_all
 from moe.train.checkpoint.plan import deal
+from moe.train.together import together
 from moe.train.watchdog import Beat, no_watchdog
 
 if TYPE_CHECKING:
@@ -22,18 +30,19 @@ log = logging.getLogger(__name__)
 
 def restore(folder: Path, engine: "Engine", identity: str, beat: Beat = no_watchdog) -> State:
     """Load the newest whole checkpoint into the engine; a fresh State where there is none at all. Every rank must call
-    it; rank 0 says what there is, and each verifies a part. `beat` hears of each tensor.
+    it; rank 0 says what there is, and each verifies a part. `beat` hears of progress.
 
-    A damaged one is named in the log and the next older one is taken. Raises DamagedCheckpoint where all of them are,
+    A damaged one is named in the log and the next older one is taken; once that is loaded the damaged ones are renamed
+    (set_aside), and nothing is deleted. Raises DamagedCheckpoint, and renames none, where all of them are damaged,
     InputError where one belongs to another job."""
-    passed_over = []
+    passed_over: dict[Path, str] = {}
     for name in _from_rank_0(engine, lambda: [path.name for path in step_folders(folder)]):
         try:
             checkpoint = _open(folder / name, engine)
             if checkpoint.manifest["identity"] == identity:
                 _verify(checkpoint, engine, beat)
         except DamagedCheckpoint as error:
-            passed_over.append(str(error))
+            passed_over[folder / name] = str(error)
             if engine.rank == 0:
                 log.warning("%s; looking for an older one", error)
             continue
@@ -43,12 +52,26 @@ def restore(folder: Path, engine: "Engine", identity: str, beat: Beat = no_watch
                 f"{identity}, which is that of this job; delete {folder} to begin anew, or put the right one there"
             )
         _load(checkpoint, engine, beat)
+        if engine.rank == 0:
+            _set_aside(passed_over)
         return checkpoint.state
     if passed_over:
         raise DamagedCheckpoint(
-            f"no checkpoint of {folder} is whole ({'; '.join(passed_over)}): delete the folder to begin anew"
+            f"no checkpoint of {folder} is whole ({'; '.join(passed_over.values())}): delete the folder to begin anew"
         )
     return State()
+
+
+def _set_aside(damaged: Iterable[Path]) -> None:
+    for path in damaged:
+        try:
+            aside = set_aside(path)
+        except OSError as error:
+            log.warning("the damaged checkpoint %s could not be renamed and is looked at again next time: %s", path,
+                        error)
+        else:
+            log.warning("the damaged checkpoint is kept as %s; mended and renamed to %s it counts again", aside,
+                        path.name)
 
 
 def _open(path: Path, engine: "Engine") -> Checkpoint:
@@ -87,7 +110,8 @@ def _verify(checkpoint: Checkpoint, engine: "Engine", beat: Beat) -> None:
     mine = [name for name in checkpoint.names if dealt[name] == engine.rank]
     seen_by = f" (seen by rank {engine.rank} on {host})" if engine.world_size > 1 else ""
     try:
-        damages = [str(damage) for damage in checkpoint.verify(mine, progress=lambda _: beat("verifying"))]
+        found = together(lambda: checkpoint.verify(mine), engine.device, beat, "verifying")
+        damages = [str(damage) for damage in found]
     except OSError as error:  # of this rank's way to the storage: told to all, or the others would wait
         damages = [f"it cannot be read: {error}"]
     found = values_of_all([f"{damage}{seen_by}" for damage in damages], engine)

@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, wait
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from moe.train.checkpoint.files import (
     State,
     flush,
     newest,
+    set_aside,
     shard_name,
     step_folder,
     step_folders,
@@ -32,8 +32,9 @@ from moe.train.checkpoint.files import (
     write_shard,
 )
 from moe.train.checkpoint.gather import make_plan, room_for, snapshot, sums, values_of_all
-from moe.train.checkpoint.pace import SHARE, Pace
+from moe.train.checkpoint.pace import SHARE, Pace, Stopped
 from moe.train.checkpoint.plan import Plan
+from moe.train.together import Task
 from moe.train.watchdog import Beat, no_watchdog
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 
 KEEP = 2  # a damaged newest one must leave another to fall back to
 LOWEST_PRIORITY = 19
-SLICE_SECONDS = 1.0  # between looks at whether a save that is waited for goes on
 
 log = logging.getLogger(__name__)
 
@@ -50,26 +50,16 @@ class SaveFailed(RuntimeError):
     """A checkpoint could not be written; the message says by which rank and why, and what there is instead."""
 
 
-class _Task(Future):
-    """Work in a thread that keeps no process alive, and that takes only the cores' time that training leaves."""
+def _task(work: Callable[[], Any]) -> Task:
+    """In a thread that takes only the cores' time that training leaves."""
 
-    def __init__(self, work: Callable[[], Any]):
-        super().__init__()
-        self._thread = threading.Thread(target=self._run, args=(work,), name="checkpoint", daemon=True)
-        self._thread.start()
+    def behind() -> Any:
+        if sys.platform == "linux":  # elsewhere it would be the process's
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+        return work()
 
-    def join(self) -> None:
-        """Wait for the thread's own end: the interpreter's, if it met the thread on its way out, would be an abort."""
-        self._thread.join()
-
-    def _run(self, work: Callable[[], Any]) -> None:
-        try:
-            if sys.platform == "linux":  # elsewhere it would be the process's
-                with contextlib.suppress(OSError):
-                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
-            self.set_result(work())
-        except BaseException as error:
-            self.set_exception(error)
+    return Task(behind)
 
 
 @dataclass
@@ -77,7 +67,7 @@ class _Pending:
     """A save that has begun."""
 
     state: State
-    work: _Task  # of this rank's thread: its shard, then on rank 0 the rest
+    work: Task  # of this rank's thread: its shard, then on rank 0 the rest
     pace: Pace
     shards_written: bool = False
 
@@ -85,7 +75,7 @@ class _Pending:
 class Saver:
     """Writes FOLDER/step-N and keeps KEEP of them. Every rank has one and calls the same methods in the same order.
 
-    A later step's can only be one that `restore` has passed over: it goes."""
+    A later step's, which `restore` must have passed over or somebody has put there, is set aside."""
 
     def __init__(self, folder: Path, engine: "Engine", identity: str, description: dict[str, Any],
                  beat: Beat = no_watchdog):
@@ -109,11 +99,12 @@ class Saver:
         pieces = self._engine.pieces()
         if self._plan is None:
             self._plan = make_plan(pieces, self._engine)
-            self._room = room_for(self._plan)  # kept: to make it anew would stop the training for twice as long
+            # Kept: to make it anew would stop the training for twice as long.
+            self._room = room_for(self._plan, self._engine.device)
         snapshot(self._plan, pieces, self._engine, self._room)
         path = self._partial(state) / shard_name(self._engine.rank, self._engine.world_size)
         pace = Pace(SHARE if self._engine.device.type == "cpu" else 1.0)
-        work = _Task(lambda: write_shard(path, self._room, pace))
+        work = _task(lambda: write_shard(path, self._room, pace))
         self._pending = _Pending(copy(state), work, pace)
         self.stop_s = time.perf_counter() - began
 
@@ -137,17 +128,15 @@ class Saver:
             self._pending = None
             return
         state, shards = self._pending.state, values_of_all(work.result(), self._engine)
-        commit = _Task(lambda: self._commit(state, shards))
+        commit = _task(lambda: self._commit(state, shards))
         self._pending = _Pending(state, commit, self._pending.pace, shards_written=True)
 
     def finish(self) -> None:
         """Wait until what is pending lies on the disk under its name. Raises SaveFailed, on all ranks."""
         while (pending := self._pending) is not None:
             pending.pace.hurry()
-            before = pending.pace.pieces
-            wait([pending.work], SLICE_SECONDS)
             # A rank that has written all of its own waits for the others: one's progress is everybody's.
-            moved, = sums([pending.pace.pieces > before], self._engine)
+            moved, = sums([not pending.work.done() and pending.work.look()], self._engine)
             self.poll()
             if moved or self._pending is not pending:
                 self._beat("checkpoint")
@@ -170,7 +159,14 @@ class Saver:
         flush(self._folder)
         steps = step_folders(self._folder)
         first = steps.index(final)
-        for path in (*steps[:first], *steps[first + KEEP :]):
+        for path in steps[:first]:
+            try:
+                log.warning("checkpoint %s is of a later update than the run has come to: it is now %s", path,
+                            set_aside(path))
+            except OSError as error:
+                log.warning("checkpoint %s is of a later update than the run has come to: it could not be renamed, and "
+                            "a run would begin with it: %s", path, error)
+        for path in steps[first + KEEP :]:
             try:
                 _remove(path)
             except OSError as error:
@@ -178,9 +174,11 @@ class Saver:
 
     def _give_up(self) -> None:
         pending, self._pending = self._pending, None
-        pending.pace.hurry()
+        pending.pace.stop()
         error = pending.work.exception()  # waits: nobody is to write into a folder that is removed
         pending.work.join()
+        if isinstance(error, Stopped):
+            error = None  # what another rank met is the story
         said = values_of_all(error and f"{type(error).__name__}: {error}", self._engine)
         whole = str(newest(self._folder) or "")
         if self._engine.rank == 0:

@@ -264,3 +264,18 @@ def test_collate_keeps_the_order_of_pieces(text):
     batch = collate(pieces)
     assert batch.token_T.tolist() == [token for piece in pieces for token in piece.tokens]
     assert batch.origins == tuple(piece.origin for piece in pieces)
+
+
+def test_a_batch_goes_to_a_device_from_page_locked_memory_without_a_wait(text, monkeypatch):
+    """There is no GPU here: `meta` stands for one."""
+    batch = collate(Source(text, LENGTH, 1).sequence(0))
+    pinned, waited = [], []
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *where, non_blocking=False: (
+        waited.append(not non_blocking) or to(tensor, *where)))
+    moved = batch.to(torch.device("meta"))
+    tensors = (moved.token_T, moved.label_T, moved.documents.cu_seqlens, moved.documents.position_T)
+    assert all(tensor.device.type == "meta" for tensor in tensors) and moved.origins == batch.origins
+    assert moved.documents.boundaries == batch.documents.boundaries
+    assert len(pinned) == len(waited) == 4 and not any(waited)

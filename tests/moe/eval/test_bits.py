@@ -77,3 +77,22 @@ def test_all_ranks_call_the_model_as_often_and_count_each_batch_once(
     assert len(set(calls)) == 1 and sum(shown) < world_size * calls[0]  # the last round is not full
     assert sum(own.num_bytes for own in counted) == alone.num_bytes == text.manifest["bytes"]
     assert sum(own.total for own in counted) == pytest.approx(alone.total, rel=1e-6)
+
+
+def test_a_rank_reads_its_own_batches_only(make_anchor, packed, make_documents, monkeypatch):
+    decoder, text = make_anchor().decoder, packed(make_documents(30))
+    monkeypatch.setattr(bits, "TOKENS_PER_BATCH", 64)
+    tokens, read = text.tokens, []
+    monkeypatch.setattr(text, "tokens", lambda *window: read.append(window) or tokens(*window))
+    bits.count_bits(decoder, text, None)
+    every = sorted(read)
+    ranks = []
+    for rank in range(2):
+        read.clear()
+        monkeypatch.setattr(bits, "dist", SimpleNamespace(is_initialized=lambda: True, get_rank=lambda rank=rank: rank,
+                                                          get_world_size=lambda: 2, all_reduce=lambda _: None))
+        bits.count_bits(decoder, text, None)
+        ranks.append(set(read))
+    assert ranks[0] | ranks[1] == set(every)
+    again = ranks[0] & ranks[1]  # where the last batch leaves rank 1 without one, it goes through rank 0's
+    assert len(again) < len(every) / 4

@@ -9,6 +9,7 @@ gave back, or what it raised; the file is missing where the rank was killed.
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from moe.train import together
 from moe.train.checkpoint import Saver, State, gather, restore, save
 
 DESCRIPTION = {"model": "none"}
@@ -181,6 +183,19 @@ def full(engine: FakeEngine, folder: str) -> list[str]:
     return [said, names, sorted(os.listdir(FOLDER / folder))]
 
 
+def waits(engine: FakeEngine) -> list[int]:
+    """Rank 0 has work that goes on for three beats; return the beats that were heard, and what came of the work."""
+    heard = []
+
+    def work() -> int:
+        while len(heard) < 3:
+            sum(range(1000))
+        return len(heard)
+
+    done = together.together(work if engine.rank == 0 else None, engine.device, heard.append, "working")
+    return [len(heard), done]
+
+
 def apart(engine: FakeEngine, folder: str) -> int:
     """Rank 1 looks elsewhere, as on a node whose disk is its own."""
     return restore(FOLDER / (folder if engine.rank == 0 else "elsewhere"), engine, "mine").step
@@ -197,18 +212,20 @@ def flip(path: Path) -> None:
 
 
 JOBS = {"write": write, "read": read, "killed": killed, "begin": begin,
-        "full": full, "apart": apart, "write_apart": write_apart}
+        "full": full, "waits": waits, "apart": apart, "write_apart": write_apart}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     gather.BUCKET_BYTES = BUCKET_BYTES
+    together.SLICE_SECONDS = 0.05
     for world_size in (1, 2, 4):
         run(world_size, "write", f"by-{world_size}", 3, 6)
     for written_by, read_by in ((4, 1), (1, 2), (4, 2), (2, 4)):
         run(read_by, "read", f"by-{written_by}", f"by-{written_by}-then")
     run(2, "apart", "by-4")
-    flip(FOLDER / "by-4/step-00000006/shard-00003-of-00004.safetensors")
-    run(2, "read", "by-4")
+    shutil.copytree(FOLDER / "by-4", FOLDER / "flipped")
+    flip(FOLDER / "flipped/step-00000006/shard-00003-of-00004.safetensors")
+    run(2, "read", "flipped")
     flip(FOLDER / "by-2/step-00000003/shard-00000-of-00002.safetensors")
     (FOLDER / "by-2/step-00000006/shard-00001-of-00002.safetensors").unlink()
     run(2, "read", "by-2")
@@ -216,4 +233,5 @@ if __name__ == "__main__":
     run(2, "begin", "killed")
     run(2, "read", "killed", "killed-then")
     run(2, "full", "full")
+    run(2, "waits")
     run(2, "write_apart", "apart")

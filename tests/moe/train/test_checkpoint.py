@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shutil
+import sys
 import threading
 import time
 
@@ -25,7 +26,7 @@ from moe.train.checkpoint import (
     restore,
     save,
 )
-from moe.train.checkpoint.pace import Pace
+from moe.train.checkpoint.pace import Pace, Stopped
 
 SHARD = "shard-00000-of-00001.safetensors"
 
@@ -166,10 +167,11 @@ def test_a_damaged_one_is_named_and_the_older_one_taken(folder, caplog, name, da
     damage(folder / "step-00000006" / name)
     with caplog.at_level(logging.WARNING):
         assert taken(folder) == (3, 12, 3.0)
-    (record,) = caplog.records
-    message = record.getMessage().split("; looking for")[0]
+    found, kept = (record.getMessage() for record in caplog.records)
+    message = found.split("; looking for")[0]
     assert "step-00000006" in message
     assert re.search(said, message), message
+    assert f"is kept as {folder}/step-00000006.damaged; mended and renamed to step-00000006 it counts again" in kept
 
 
 def test_every_bit_of_the_header_counts(folder, caplog):
@@ -182,6 +184,7 @@ def test_every_bit_of_the_header_counts(folder, caplog):
         damaged[place] ^= 1 << (place % 8)
         path.write_bytes(damaged)
         assert taken(folder) == (3, 12, 3.0), f"byte {place} of {size}"
+        (folder / "step-00000006.damaged").rename(folder / "step-00000006")
 
 
 @pytest.mark.parametrize("key, value", [("step", 7), ("position", 0)])
@@ -207,14 +210,46 @@ def test_where_all_are_damaged_nothing_begins_anew_unasked(folder, caplog):
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
 
 
-def test_a_damaged_newer_one_does_not_crowd_out_the_new(folder):
-    """Whoever falls back and saves before reaching the damaged step again must find that save."""
+def test_what_is_damaged_is_neither_taken_again_nor_deleted(folder):
+    """Whoever falls back and saves before reaching the damaged step again must find that save; the damaged one stays
+    as it is through all later saves, and is taken once it is mended and has its name again."""
+    whole = (folder / f"step-00000006/{SHARD}").read_bytes()
     truncate(folder / f"step-00000006/{SHARD}")
     assert restore(folder, Tensors(), "mine").step == 3
     write(folder, 5.0, 4)
-    assert taken(folder) == (4, 20 - 4, 5.0) and names(folder) == ["step-00000003", "step-00000004"]
+    assert taken(folder) == (4, 16, 5.0)
+    assert names(folder) == ["step-00000003", "step-00000004", "step-00000006.damaged"]
     truncate(folder / f"step-00000004/{SHARD}")
     assert restore(folder, Tensors(), "mine").step == 3  # the one it was restored from is still behind it
+    for step in (4, 5, 6):
+        write(folder, float(step), step)
+    truncate(folder / f"step-00000006/{SHARD}")
+    assert restore(folder, Tensors(), "mine").step == 5
+    damaged = ["step-00000004.damaged", "step-00000006.damaged", "step-00000006.damaged-2"]
+    assert names(folder) == sorted(["step-00000005", *damaged])
+    assert (folder / f"step-00000006.damaged/{SHARD}").read_bytes() == whole[:-1]
+    (folder / f"step-00000006.damaged/{SHARD}").write_bytes(whole)
+    (folder / "step-00000006.damaged").rename(folder / "step-00000006")
+    assert taken(folder) == (6, 24, 6.0)
+
+
+def test_one_that_is_put_there_later_is_not_deleted(folder, caplog):
+    (folder / "step-00000006").rename(folder.parent / "elsewhere")
+    saver = Saver(folder, Tensors(4.0), "mine", {})
+    (folder.parent / "elsewhere").rename(folder / "step-00000006")
+    saver.save(State(4))
+    saver.finish()
+    assert names(folder) == ["step-00000003", "step-00000004", "step-00000006.damaged"]
+    assert "step-00000006 is of a later update" in caplog.text
+
+
+def test_a_damaged_one_that_cannot_be_renamed_does_not_stop_the_run(folder, monkeypatch, caplog):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    truncate(folder / f"step-00000006/{SHARD}")
+    monkeypatch.setattr(sys.modules[restore.__module__], "set_aside", refuse)
+    assert taken(folder) == (3, 12, 3.0) and "could not be renamed" in caplog.text
 
 
 def test_another_jobs_is_refused_with_both_named(folder):
@@ -308,7 +343,7 @@ def test_a_save_waits_for_the_one_before(folder, held):
 def test_there_is_room_for_one_snapshot(folder, monkeypatch):
     """Made once, and filled anew by each save."""
     made, room_for = [], save.room_for
-    monkeypatch.setattr(save, "room_for", lambda plan: made.append(room_for(plan)) or made[-1])
+    monkeypatch.setattr(save, "room_for", lambda *given: made.append(room_for(*given)) or made[-1])
     engine = Tensors(9.0)
     saver = Saver(folder, engine, "mine", {})
     for step in (9, 12, 15):
@@ -394,3 +429,20 @@ def test_what_is_on_disk_is_flushed_before_it_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(save.os, "replace", lambda *paths: (order.append("rename"), replace(*paths)))
     write(tmp_path / "checkpoints", 1.0, 3)
     assert order == [SHARD, "manifest.json", ".step-00000003.partial", "rename", "checkpoints"]
+
+
+def test_a_large_shard_is_flushed_as_it_is_written(tmp_path, monkeypatch):
+    """Or a slow disk would take it all at once, at the end, while nothing is seen to move."""
+    flushed, fsync = [], files.os.fsync
+    monkeypatch.setattr(files, "PART_BYTES", 8)
+    monkeypatch.setattr(files, "FLUSH_BYTES", 32)
+    monkeypatch.setattr(files.os, "fsync", lambda file: (flushed.append(file), fsync(file)))
+    files.write_shard(tmp_path / "shard", {"a": torch.arange(40.0)}, Pace(1.0))
+    assert len(flushed) == 160 // 32 + 1
+
+
+def test_a_shard_that_nobody_wants_any_more_is_not_written_to_its_end(tmp_path):
+    pace = Pace(1.0)
+    pace.stop()
+    with pytest.raises(Stopped):
+        files.write_shard(tmp_path / "shard", {"a": torch.arange(4.0)}, pace)

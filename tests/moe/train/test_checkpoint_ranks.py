@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moe.train.checkpoint import open_checkpoint
+from moe.train.checkpoint import open_checkpoint, step_folders
 
 SCRIPT = Path(__file__).with_name("checkpoint_ranks.py")
 BUCKET_BYTES = 120  # as the script sets it
@@ -61,8 +61,11 @@ def test_any_number_of_ranks_reads_what_any_number_wrote(folder, way):
 
 
 def test_all_ranks_fall_back_where_one_finds_damage(folder):
-    assert said(folder, "read-by-4-2") == [3, 3]
-    assert "by-4/step-00000006 is damaged: tensor" in (folder / "stderr").read_text()
+    assert said(folder, "read-flipped-2") == [3, 3]
+    assert "flipped/step-00000006 is damaged: tensor" in (folder / "stderr").read_text()
+    assert step_folders(folder / "flipped") == [folder / "flipped/step-00000003"]
+    aside = open_checkpoint(folder / "flipped/step-00000006.damaged")
+    assert len(aside.verify()) == 1
 
 
 def test_all_ranks_refuse_where_nothing_is_whole(folder):
@@ -96,3 +99,8 @@ def test_a_full_disk_is_told_to_all_and_costs_nothing_else(folder):
     for part in ("step-00000006 could not be written by rank 1", "No space left", f"is {folder}/full/step-00000003"):
         assert part in first
     assert names == [["step-00000003"], ["step-00000003", "step-00000009"]]
+
+
+def test_who_waits_for_work_that_moves_is_not_taken_for_hung(folder):
+    (beats, done), (others_beats, nothing) = said(folder, "waits-2")
+    assert beats >= 3 and done >= 3 and others_beats == beats and nothing is None

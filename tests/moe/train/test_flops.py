@@ -17,6 +17,11 @@ def test_a_dense_model(make_model):
     assert training_flops_per_token(make_model()) == 6 * (SHARED + 2 * EXPERT)
 
 
+def test_a_head_of_its_own_is_a_product_and_the_embedding_is_none(model_config):
+    untied = Decoder(model_config(tie_embeddings=False), 280)
+    assert training_flops_per_token(untied) == 6 * (SHARED + 2 * EXPERT)
+
+
 def test_a_pack_reads_the_anchor_and_trains_its_own(make_model):
     assert training_flops_per_token(make_model("pack")) == 4 * (SHARED + 2 * EXPERT) + 6 * 2 * EXPERT
 

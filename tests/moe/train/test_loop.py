@@ -167,14 +167,14 @@ def bad_gradient(monkeypatch):
     return at
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("zero_stage, precision", [(1, "float32"), (1, "bfloat16"), (2, "bfloat16")])
 @pytest.mark.parametrize("micro_batch", [3, 4], ids=["before-the-last-micro-batch", "in-the-last-micro-batch"])
 def test_an_update_whose_gradient_is_no_number_is_skipped(
-    train, make_model, job, bad_gradient, precision, micro_batch
+    train, make_model, job, bad_gradient, zero_stage, precision, micro_batch
 ):  # fmt: skip
     bad_gradient(micro_batch)
     model = make_model()
-    _, rows = train(job(precision=precision), model)
+    _, rows = train(job(precision=precision, zero_stage=zero_stage), model)
     assert [not math.isfinite(row["gradient_norm"]) for row in rows] == [False, True] + [False] * 4
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert rows[-1]["loss"] < rows[0]["loss"]

@@ -33,10 +33,11 @@ def tasks(root: Path, layout: tuple[int, int], jobs: dict[str, dict], steps: int
     """The mixture's jobs in this layout; recomputed layers and attention's dropout wherever experts are spread."""
     return [
         {
-            "kind": "mixture", "precision": "float32", "folder": str(root / "-".join(map(str, layout)) / name),
+            "kind": "mixture", "precision": job.get("precision", "float32"),
+            "folder": str(root / "-".join(map(str, layout)) / name),
             "text": str(root / "text"), "vocabulary": 280, "model": MODEL, "stop_after": 0, "expert": layout[1],
             "train": {**TRAIN, "steps": steps, "zero_stage": job["stage"], "attention_dropout": 0.1,
-                      "recompute_layers": layout[1] > 1},
+                      "recompute_layers": layout[1] > 1, **job.get("train", {})},
             "balance": {"method": job["method"], "weight": 0.02, "bias_step": 0.01, "z_loss_weight": 1e-3},
             **LAYOUTS[layout],
         }
@@ -73,6 +74,9 @@ def differences(root: Path, layout: tuple[int, int], name: str, steps: int) -> d
 
 QUICK = {f"{method}-zero-{1 + number % 2}": {"method": method, "stage": 1 + number % 2}
          for number, method in enumerate(METHODS)}  # fmt: skip
+# In bfloat16: AdamW, whose first moment is a mean of the gradients.
+HALF = {f"bfloat16-zero-{stage}": {"method": "global", "stage": stage, "precision": "bfloat16",
+                                   "train": {"optimizer": "adamw", "learning_rate": 1e-3}} for stage in (1, 2)}
 QUICK_LAYOUTS, QUICK_STEPS = [(1, 1), (2, 2), (4, 2)], 3
 
 
@@ -80,7 +84,7 @@ QUICK_LAYOUTS, QUICK_STEPS = [(1, 1), (2, 2), (4, 2)], 3
 def quick(tmp_path_factory, tokenizer, make_documents, run_ranks):
     root = tmp_path_factory.mktemp("parity")
     shards.write(root / "text", make_documents(80), tokenizer)
-    run(root, QUICK_LAYOUTS, QUICK, QUICK_STEPS, run_ranks)
+    run(root, QUICK_LAYOUTS, QUICK | HALF, QUICK_STEPS, run_ranks)
     return root
 
 
@@ -89,6 +93,19 @@ def quick(tmp_path_factory, tokenizer, make_documents, run_ranks):
 def test_a_few_updates_are_the_same(quick, layout, job):
     for what, difference in differences(quick, layout, job, QUICK_STEPS).items():
         assert difference < 2e-6, what
+
+
+@pytest.mark.parametrize("layout", QUICK_LAYOUTS[1:])
+@pytest.mark.parametrize("job", HALF)
+def test_in_bfloat16_gradients_are_the_same_to_its_rounding(quick, layout, job):
+    """The embedding's too, which is the sum of the lookup's and the output head's."""
+    one, many = (checkpoint.open_checkpoint(checkpoint.newest(quick / "-".join(map(str, each)) / job / "checkpoints"))
+                 for each in ((1, 1), layout))
+    moments = [name for name in one.names if name.endswith(".exp_avg")]
+    assert "embedding.weight.exp_avg" in moments
+    for name in moments:
+        a, b = one.tensor(name), many.tensor(name)
+        assert (a - b).norm() < 2**-7 * a.norm(), name  # after three updates; of the embedding 1e-3
 
 
 @pytest.mark.slow

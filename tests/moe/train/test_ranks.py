@@ -19,8 +19,8 @@ TRAIN = dict(
 MODEL = dict(d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=24, context_length=16)
 
 # Of loss and gradient norm, relative. Two ranks add the same gradients in another order: a few roundings of float32.
-# In bfloat16 they are rounded before they are exchanged: the norm is off by one rounding, the loss by its consequence.
-TOLERANCE = {"float32": (1e-6, 1e-5), "bfloat16": (2e-4, 4e-3)}
+# In bfloat16 too; but a master that moves by that may now and then give the weight's other neighbour.
+TOLERANCE = {"float32": (1e-6, 1e-5), "bfloat16": (2e-5, 2e-4)}
 
 
 @pytest.fixture(scope="module")
