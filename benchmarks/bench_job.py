@@ -33,6 +33,7 @@ from moe.train import allocator
 from moe.train.telemetry import read
 
 WARM_UP = 5  # updates that are not counted
+SAVE_EVERY = 15  # updates: a save has ended before the next is due
 WAYS = ("torchrun", "ray", "one rank", "saving")
 
 
@@ -73,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("config", type=Path)
     made.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     made.add_argument("--turns", type=int, default=3)
-    made.add_argument("--steps", type=int, default=40)
+    made.add_argument("--steps", type=int, default=50)
     made.add_argument("--out", type=Path, help="append one JSON line for each way to this file")
     return made
 
@@ -91,7 +92,7 @@ def speed_while_saving(rows: list[dict], tokens: int) -> float:
 def run(way: str, config: JobConfig, options: argparse.Namespace, folder: Path) -> list[dict]:
     """The rows of one run, without its first updates."""
     name = way.replace(" ", "-")
-    every = 4 if way == "saving" else options.steps
+    every = SAVE_EVERY if way == "saving" else options.steps
     overrides = [
         f"run.name={name}", f"run.folder={folder}", f"train.steps={options.steps}", f"train.checkpoint_every={every}",
         f"train.evaluate_every={options.steps}", "evaluation.tokens=1024",
