@@ -13,11 +13,15 @@ from rich.console import Console
 
 from launch import checkpoint_cli
 from launch.graph import ClusterGone, Preempted, RunFailed, Stopped
+from launch.import_cli import import_model
+from launch.plan.command import plan
 from moe.errors import InputError
 from moe.train import preemption
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 app.add_typer(checkpoint_cli.app, name="checkpoint")
+app.command("import")(import_model)
+app.command()(plan)
 FAILED, WRONG_INPUT, PREEMPTED, STOPPED = 1, 2, preemption.EXIT_STATUS, 130
 
 

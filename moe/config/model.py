@@ -1,8 +1,16 @@
 """The decoder: its widths, its attention, and the mixture where it is an ordinary one."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from moe.config.section import Section
 
@@ -74,9 +82,14 @@ class MixtureConfig(Section):
         return (self.score == "softmax_chosen" or self.renormalise) and self.scale == 1.0
 
 
+# Keys that came when models of other families could be read. They are written only where they are not at their
+# defaults, so that hashes of models and stages from before still hold.
+OF_OTHER_FAMILIES = ("head_dim", "rotary_dim", "qk_norm_span", "qkv_bias", "norm_place", "tie_embeddings")
+
+
 class ModelConfig(Section):
-    """The decoder: pre-norm, grouped-query attention with RoPE, SwiGLU. Its feed-forward networks are dense; an
-    ordinary mixture where `mixture` says so; or, in a specialty run, experts behind a slot table of fixed width."""
+    """The decoder: grouped-query attention with RoPE, SwiGLU. Its feed-forward networks are dense; an ordinary mixture
+    where `mixture` says so; or, in a specialty run, experts behind a slot table of fixed width."""
 
     d_model: PositiveInt
     num_layers: PositiveInt
@@ -87,7 +100,13 @@ class ModelConfig(Section):
     rope_theta: PositiveFloat = 1e4
     rope_scaling: Annotated[Llama3ScalingConfig | YarnScalingConfig, Field(discriminator="kind")] | None = None
     norm_eps: PositiveFloat = 1e-5
+    head_dim: PositiveInt | None = None  # elements of a head; null: d_model / num_heads
+    rotary_dim: PositiveInt | None = None  # elements of a head that RoPE turns, the first of both halves; null: all
     qk_norm: bool = True
+    qk_norm_span: Literal["head", "width"] = "head"  # what is normed as one: every head, or all heads together (OLMo 2)
+    qkv_bias: bool = False
+    norm_place: Literal["before", "after"] = "before"  # of attention and FFN; after: before what they give is added
+    tie_embeddings: bool = True  # logits by the embedding's weights, not by a matrix of their own
     window: PositiveInt | None = None  # sliding-window attention: how many tokens a query sees
     attention_softcap: PositiveFloat | None = None  # attention's logits z become softcap * tanh(z / softcap)
     attention_sinks: bool = False  # one learned logit for each head, whose share of the attention goes nowhere
@@ -97,11 +116,19 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> Self:
-        if self.d_model % (2 * self.num_heads):
+        if self.head_dim is None and self.d_model % (2 * self.num_heads):
             raise ValueError(
                 f"model.d_model={self.d_model}: want a multiple of 2 * model.num_heads={2 * self.num_heads}, "
                 "because RoPE turns pairs of elements within a head"
             )
+        if self.head_size % 2:
+            raise ValueError(f"model.head_dim={self.head_dim}: want an even number, because RoPE turns pairs of "
+                             "elements within a head")
+        if self.rotary_dim is not None and (self.rotary_dim % 2 or self.rotary_dim > self.head_size):
+            raise ValueError(f"model.rotary_dim={self.rotary_dim}: want an even number, at most the "
+                             f"{self.head_size} elements of a head")
+        if self.qk_norm_span == "width" and not self.qk_norm:
+            raise ValueError("model.qk_norm_span=width: want it with model.qk_norm=true only")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"model.num_kv_heads={self.num_kv_heads}: want a divisor of model.num_heads={self.num_heads}"
@@ -132,6 +159,12 @@ class ModelConfig(Section):
             raise ValueError("model.mixture.dense_layers has every layer: want one left for the mixture, or no mixture")
         return self
 
+    @model_serializer(mode="wrap")
+    def _without_later_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields
+        return {key: value for key, value in handler(self).items()
+                if key not in OF_OTHER_FAMILIES or value != fields[key].default}
+
     @property
     def head_size(self) -> int:
-        return self.d_model // self.num_heads
+        return self.d_model // self.num_heads if self.head_dim is None else self.head_dim

@@ -33,7 +33,7 @@ def generate(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: i
     steps: list[Tensor] = []
     done_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     while True:
-        logits_BV = hidden_BD @ model.embedding.weight.T
+        logits_BV = hidden_BD @ model.head_weight.T
         steps.append(choose(logits_BV.float(), temperature, top_p, generator))
         if eos is not None:
             done_B |= steps[-1] == eos

@@ -1,7 +1,7 @@
 """A model in Hugging Face layout.
 
     FOLDER/config.json             the model's sections, its slots and owners, and the anchor's hash
-    FOLDER/model.safetensors       tensors under the decoder's own names
+    FOLDER/model.safetensors       tensors under the decoder's own names; or shards, and model.safetensors.index.json
     FOLDER/tokenizer.json, tokenizer_config.json     what AutoTokenizer reads
 
 Written under a temporary name and renamed: whole or absent.
@@ -18,17 +18,18 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from moe.config import ANCHOR_SLOT, ModelConfig
 from moe.data.tokenizer import BOS, EOS, PAD, identity
 from moe.data.tokenizer import load as load_tokenizer
 from moe.errors import InputError
 from moe.hashing import tensor_hashes
+from moe.hf.source import INDEX, TENSORS
 from moe.manifest import value_hash
 from moe.model import Decoder
 
 MODEL_TYPE = "polyclinic"
-TENSORS = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -60,21 +61,9 @@ def save(folder: Path, model: ModelFolder) -> None:
     temporary.mkdir(parents=True)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in decoder.state_dict().items()}
     save_file(tensors, temporary / TENSORS, metadata={"format": "pt"})
-    token_id = model.tokenizer.token_to_id
-    config = {
-        "model_type": MODEL_TYPE,
-        "architectures": ["PolyclinicForCausalLM"],
-        "dtype": str(decoder.embedding.weight.dtype).removeprefix("torch."),
-        "vocab_size": decoder.embedding.num_embeddings,
-        "bos_token_id": token_id(BOS),
-        "eos_token_id": token_id(EOS),
-        "pad_token_id": token_id(PAD),
-        **decoder.config.model_dump(mode="json", exclude_none=True),
-        "slots": list(decoder.slots),
-        "owners": model.owners,
-        "anchor_hash": model.anchor_hash,
-    }
-    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    special = {"bos": BOS, "eos": EOS, "pad": PAD}
+    token_ids = {f"{kind}_token_id": model.tokenizer.token_to_id(token) for kind, token in special.items()}
+    write_config(temporary, decoder, decoder.embedding.weight.dtype, token_ids, model.owners, model.anchor_hash)
     PreTrainedTokenizerFast(
         tokenizer_object=model.tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD
     ).save_pretrained(temporary)
@@ -83,13 +72,27 @@ def save(folder: Path, model: ModelFolder) -> None:
     os.replace(temporary, folder)
 
 
+def write_config(folder: Path, decoder: Decoder, dtype: torch.dtype, token_ids: dict[str, int | list[int] | None],
+                 owners: dict[str, int] | None = None, anchor_hash: str | None = None) -> None:
+    """The decoder needs no weights."""
+    config = {
+        "model_type": MODEL_TYPE,
+        "architectures": ["PolyclinicForCausalLM"],
+        "dtype": str(dtype).removeprefix("torch."),
+        "vocab_size": decoder.embedding.num_embeddings,
+        **token_ids,
+        **decoder.config.model_dump(mode="json", exclude_none=True),
+        "slots": list(decoder.slots),
+        "owners": owners or {},
+        "anchor_hash": anchor_hash,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
 def load(folder: Path, device: torch.device | str = "cpu") -> ModelFolder:
     """Raises InputError naming the file or tensor that is missing or does not fit."""
     described, owners, anchor_hash = _described(folder)
-    try:
-        tensors = load_file(folder / TENSORS, device=str(device))
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder} is not a whole model folder: {error}") from error
+    tensors = _tensors(folder, device)
     wanted = described.state_dict()
     for name in sorted(wanted.keys() | tensors.keys()):
         got = tensors.get(name)
@@ -102,6 +105,18 @@ def load(folder: Path, device: torch.device | str = "cpu") -> ModelFolder:
     decoder = decoder.to(device)  # buffers are computed, not stored
     decoder.load_state_dict(tensors, assign=True)
     return ModelFolder(decoder, load_tokenizer(folder / "tokenizer.json"), owners, anchor_hash)
+
+
+def _tensors(folder: Path, device: torch.device | str) -> dict[str, Tensor]:
+    try:
+        if not (folder / INDEX).is_file():
+            return load_file(folder / TENSORS, device=str(device))
+        tensors = {}
+        for file in sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values())):
+            tensors |= load_file(folder / file, device=str(device))
+        return tensors
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise InputError(f"{folder} is not a whole model folder: {error}") from error
 
 
 def outline(folder: Path) -> Decoder:

@@ -1,6 +1,6 @@
 """Grouped-query self-attention within documents.
 
-    q, k, v = split heads of W_q x, W_k x, W_v x;   q, k <- rope(norm(q), norm(k))
+    q, k, v = split heads of W_q x, W_k x, W_v x;   q, k <- rope(norm(q), norm(k)), each head normed, or all as one
     y       = W_o attention(q, k, v)
 
 T tokens, D width, H query heads, G key/value heads, C head size, R = C/2.
@@ -34,14 +34,14 @@ class Attention(nn.Module):
         """`number` counts the layers from 0: each drops other weights."""
         super().__init__()
         D, H, G, C = config.d_model, config.num_heads, config.num_kv_heads, config.head_size
+        normed = {"head": (C, C), "width": (H * C, G * C)}[config.qk_norm_span]
         self.number, self.head_size, self.norm_eps = number, C, config.norm_eps
         self.window, self.softcap = config.window, config.attention_softcap
-        self.q_proj = nn.Linear(D, H * C, bias=False)
-        self.k_proj = nn.Linear(D, G * C, bias=False)
-        self.v_proj = nn.Linear(D, G * C, bias=False)
+        self.by_head = config.qk_norm_span == "head"
+        self.q_proj, self.k_proj, self.v_proj = (_projection(D, heads * C, config.qkv_bias) for heads in (H, G, G))
         self.o_proj = nn.Linear(H * C, D, bias=False)
-        self.q_norm = RMSNorm(C, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(C, config.norm_eps) if config.qk_norm else None
+        self.q_norm = RMSNorm(normed[0], config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(normed[1], config.norm_eps) if config.qk_norm else None
         self.sink_H = nn.Parameter(torch.zeros(H)) if config.attention_sinks else None
 
     def forward(self, x_TD: Tensor, context: Context) -> Tensor:
@@ -56,9 +56,13 @@ class Attention(nn.Module):
 
     def heads(self, x_TD: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, normed and turned to their places."""
-        heads = (-1, self.head_size)
-        q_THC, k_TGC, v_TGC = (project(x_TD).unflatten(1, heads) for project in (self.q_proj, self.k_proj, self.v_proj))
-        norms = (self.q_norm.weight, self.k_norm.weight, self.norm_eps) if self.q_norm is not None else ()
+        q, k, v = self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD)
+        norms = ()
+        if self.q_norm is not None and self.by_head:
+            norms = self.q_norm.weight, self.k_norm.weight, self.norm_eps
+        elif self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q_THC, k_TGC, v_TGC = (x.unflatten(1, (-1, self.head_size)) for x in (q, k, v))
         return *kernels.rope(q_THC, k_TGC, context.cos_TR, context.sin_TR, *norms), v_TGC
 
     @property
@@ -69,3 +73,10 @@ class Attention(nn.Module):
         """Each sequence's new token reads the whole of it."""
         return kernels.decode(q_BHC, *cache.of(self.number), cache.length_B, window=self.window, softcap=self.softcap,
                               sink_H=self.sink)
+
+
+def _projection(d_in: int, d_out: int, bias: bool) -> nn.Linear:
+    projection = nn.Linear(d_in, d_out, bias=bias)
+    if bias:
+        nn.init.zeros_(projection.bias)
+    return projection

@@ -1,4 +1,4 @@
-"""The decoder: embedding, layers, norm; logits share the embedding's weights.
+"""The decoder: embedding, layers, norm; logits by the embedding's weights, or by a head of their own.
 
 T tokens of documents laid end to end, D width, V vocabulary, R half a head's size.
 """
@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,6 +18,7 @@ from moe.config import Llama3ScalingConfig, ModelConfig
 from moe.hashing import seed_of
 from moe.model.attention import Context
 from moe.model.cache import KVCache
+from moe.model.embedding import Embedding
 from moe.model.experts import DenseFFN
 from moe.model.layer import Layer
 from moe.model.mixture import MixtureFFN
@@ -28,7 +30,7 @@ INIT_STD = 0.02
 
 
 class Output(NamedTuple):
-    hidden_TD: Tensor  # after the last norm; logits are hidden @ embedding.T
+    hidden_TD: Tensor  # after the last norm; logits are hidden @ head_weight.T
     routes: tuple[Route, ...]  # of each mixture layer, bottom up; empty for a dense model
     loss: CrossEntropy | None = None  # where labels were given
 
@@ -42,10 +44,12 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.slots, self.mesh = config, tuple(sorted(slots)), mesh
         assert not (config.mixture and self.slots), "a specialty model is no ordinary mixture"
-        self.embedding = nn.Embedding(vocab_size, config.d_model)
+        self.embedding = Embedding(vocab_size, config.d_model)
         self.layers = nn.ModuleList(Layer(config, number, self._ffn(number, exchange_chunks))
                                     for number in range(config.num_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
+        # The decoder's own, not a module's: it is in place for the loss where somebody shards the weights.
+        self.head = None if config.tie_embeddings else nn.Parameter(torch.empty(vocab_size, config.d_model))  # [V, D]
         self.recompute_layers = False  # in training: keep each layer's input and compute the rest of it again
 
     def _ffn(self, number: int, exchange_chunks: int) -> nn.Module:
@@ -55,6 +59,11 @@ class Decoder(nn.Module):
         if config.mixture and number not in config.mixture.dense_layers:
             return MixtureFFN.ordinary(D, config.mixture, self.mesh, exchange_chunks)
         return DenseFFN(D, config.d_ff)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D], which makes logits of hidden states."""
+        return self.embedding.weight if self.head is None else self.head
 
     def forward(self, token_T: Tensor, documents: Documents, dropout: float = 0.0, seed: int = 0,
                 label_T: Tensor | None = None, weight_T: Tensor | None = None) -> Output:
@@ -78,8 +87,14 @@ class Decoder(nn.Module):
 
     def context(self, documents: Documents, dropout: float = 0.0, seed: int = 0) -> Context:
         """With the rotation of each token's place in its document."""
-        table = kernels.rope_table(documents.position_T, self.config.head_size, self.config.rope_theta, self._scaling())
-        return Context(documents, *table, dropout, seed)
+        return Context(documents, *self._rope_table(documents.position_T), dropout, seed)
+
+    def _rope_table(self, position_T: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, R]; pairs that are not turned have the angle 0."""
+        turned = self.config.rotary_dim or self.config.head_size
+        cos_TR, sin_TR = kernels.rope_table(position_T, turned, self.config.rope_theta, self._scaling())
+        rest = (self.config.head_size - turned) // 2
+        return (F.pad(cos_TR, (0, rest), value=1.0), F.pad(sin_TR, (0, rest))) if rest else (cos_TR, sin_TR)
 
     def _scaling(self) -> RopeScaling | None:
         section = self.config.rope_scaling
@@ -91,11 +106,11 @@ class Decoder(nn.Module):
     def nll(self, hidden_TD: Tensor, label_T: Tensor) -> Tensor:
         """Negative log-likelihood of each label in nats, float32 [T]; 0 where the label is ignored. For evaluation: its
         logits are not rounded."""
-        return -kernels.linear_log_prob(hidden_TD, self.embedding.weight, label_T)
+        return -kernels.linear_log_prob(hidden_TD, self.head_weight, label_T)
 
     def loss(self, hidden_TD: Tensor, label_T: Tensor, weight_T: Tensor, z_weight: float = 0.0) -> CrossEntropy:
         """For training: the weighted sum of nll + z_weight * logsumexp^2, and what it is made of."""
-        return kernels.linear_cross_entropy(hidden_TD, self.embedding.weight, label_T, weight_T, z_weight)
+        return kernels.linear_cross_entropy(hidden_TD, self.head_weight, label_T, weight_T, z_weight)
 
     def mixtures(self) -> dict[str, MixtureFFN]:
         """Every mixture layer by its name, bottom up."""
@@ -127,7 +142,7 @@ class Decoder(nn.Module):
         held = {id(p): mixture.held for mixture in self.mixtures().values() for p in mixture.experts.parameters()}
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:
-                continue  # norms start at one, router biases at zero
+                continue  # norms start at one, biases at zero
             into_residual = name.endswith(("o_proj.weight", "w_down"))
             std = INIT_STD / math.sqrt(2 * self.config.num_layers) if into_residual else INIT_STD
             if id(parameter) not in held:
@@ -152,8 +167,7 @@ class Decoder(nn.Module):
         return self._cached(token_B, None, cache)
 
     def _cached(self, token_T: Tensor, documents: Documents | None, cache: KVCache) -> Tensor:
-        table = kernels.rope_table(cache.position_T, self.config.head_size, self.config.rope_theta, self._scaling())
-        context = Context(documents, *table, cache=cache)
+        context = Context(documents, *self._rope_table(cache.position_T), cache=cache)
         x_TD = self.embedding(token_T)
         for layer in self.layers:
             x_TD, _ = layer(x_TD, context)

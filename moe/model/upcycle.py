@@ -58,8 +58,8 @@ def check(dense: Decoder, config: ModelConfig, vocab_size: int) -> None:
     """Needs no weights."""
     if dense.config.mixture or dense.slots:
         raise InputError("upcycle.model is a mixture already: want a dense model, such as a specialty run's anchor")
-    its, wanted = (section.model_dump(exclude=FREE) for section in (dense.config, config))
-    sizes = {f"model.{key}": (its[key], wanted[key]) for key in wanted}
+    keys = [key for key in ModelConfig.model_fields if key not in FREE]
+    sizes = {f"model.{key}": (getattr(dense.config, key), getattr(config, key)) for key in keys}
     sizes["model.mixture.d_ff"] = dense.config.d_ff, config.mixture.d_ff
     sizes["tokenizer.vocab_size"] = dense.embedding.num_embeddings, vocab_size
     wrong = [f"{key}={mine} (it has {its})" for key, (its, mine) in sizes.items() if its != mine]

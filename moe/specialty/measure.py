@@ -125,7 +125,7 @@ def _in(model: ModelFolder, dtype: torch.dtype) -> ModelFolder:
 
 
 def _logits(model: Decoder, batch: Batch) -> Tensor:
-    return model(batch.token_T, batch.documents).hidden_TD @ model.embedding.weight.T
+    return model(batch.token_T, batch.documents).hidden_TD @ model.head_weight.T
 
 
 def _plain_router_differs(merged: ModelFolder, subset: tuple[str, ...], batch: Batch) -> bool:

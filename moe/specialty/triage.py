@@ -77,7 +77,7 @@ class _Text:
         else:
             expert: Experts = getattr(layer.ffn, self._expert)
             out = [expert.alone(normed) for normed in self._normed]
-        self._x = [h + y for h, y in zip(self._h, out, strict=True)]
+        self._x = [layer.leave(h, y) for h, y in zip(self._h, out, strict=True)]
 
 
 def _discriminant(own_TD: Tensor, public_TD: Tensor, change_TD: Tensor) -> Tensor:

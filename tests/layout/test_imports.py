@@ -77,7 +77,7 @@ def test_what_is_shipped_knows_no_tests_or_benchmarks():
         ("ray", "launch/"),
         ("wandb", "moe/train/telemetry.py"),
         ("transformers", "moe/hf/"),
-        ("typer", ("launch/cli.py", "launch/checkpoint_cli.py")),
+        ("typer", ("launch/cli.py", "launch/checkpoint_cli.py", "launch/import_cli.py", "launch/plan/command.py")),
         ("omegaconf", "moe/config_file.py"),
         ("matplotlib", "moe/report/"),
         ("jinja2", "moe/report/"),

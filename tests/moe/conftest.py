@@ -199,6 +199,6 @@ def logits():
 
     @torch.no_grad()
     def of(decoder: Decoder, batch: Batch) -> torch.Tensor:
-        return decoder(batch.token_T, batch.documents).hidden_TD @ decoder.embedding.weight.T
+        return decoder(batch.token_T, batch.documents).hidden_TD @ decoder.head_weight.T
 
     return of

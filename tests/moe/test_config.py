@@ -10,7 +10,7 @@ from moe.config import SpecialtyConfig
 from moe.config_file import check, dump, load
 from moe.errors import InputError
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 ABSENT = object()
 
 
@@ -85,6 +85,9 @@ NOISE = {"noise_documents": 5}
         refuse("pack.train.batch_size", 5, "pack.train.batch_size=5", "2 * 1", "multiple", id="batch-of-a-pack"),
         refuse("model.num_heads", 3, "model.d_model=32", "multiple", "6", id="heads-do-not-divide-the-width"),
         refuse("model.num_heads", 32, "model.d_model=32", "multiple", "64", id="odd-head-size"),
+        refuse("model.head_dim", 7, "model.head_dim=7", "even", id="odd-head-dim"),
+        refuse("model.rotary_dim", 18, "model.rotary_dim=18", "at most", "16", id="more-turned-than-a-head-has"),
+        refuse("model.rotary_dim", 3, "model.rotary_dim=3", "even", id="half-a-pair-turned"),
         refuse("model.num_kv_heads", 3, "model.num_kv_heads=3", "model.num_heads=2", "divisor", id="key-heads"),
         refuse("model.top_k", 17, "model.top_k=17", "num_slots=16", id="more-experts-than-slots"),
         refuse("model.top_k", 1, "model.top_k=1", "at least 2", id="no-room-for-anchor-and-owner"),
@@ -209,6 +212,22 @@ def test_dump_reads_back_what_is_hard_to_spell(values, write):
     config = check(values)
     again = load(write(dump(config)))
     assert again == config and isinstance(again.public.documents[0], Path)
+
+
+def test_every_path_becomes_absolute_and_nothing_else_changes(values, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    put(values, "owners.billing.data", {"documents": ["a.jsonl", "/b.jsonl"], "held_out": ["c.jsonl"]})
+    put(values, "run.folder", "runs")
+    put(values, "deepspeed", {"zero_optimization": {"overlap_comm": False}})
+    config = check(values)
+    absolute = config.with_absolute_paths()
+    data = absolute.owners["billing"].data
+    assert data.documents == (tmp_path / "a.jsonl", Path("/b.jsonl")) and data.held_out == (tmp_path / "c.jsonl",)
+    assert absolute.run.folder == tmp_path / "runs"
+    put(values, "owners.billing.data", {"documents": [f"{tmp_path}/a.jsonl", "/b.jsonl"],
+                                        "held_out": [f"{tmp_path}/c.jsonl"]})  # fmt: skip
+    put(values, "run.folder", str(tmp_path / "runs"))
+    assert absolute == check(values) != config
 
 
 def test_a_config_does_not_change(values):

@@ -18,6 +18,8 @@ MODELS = pytest.mark.parametrize("slots, sizes", [
     pytest.param((0, 3, 7), dict(top_k=2), id="mixture"),
     pytest.param((), dict(window=5, attention_softcap=3.0, attention_sinks=True), id="window-softcap-sinks"),
     pytest.param((0, 1), dict(qk_norm=False, num_kv_heads=1, window=8), id="one-key-head"),
+    pytest.param((), dict(norm_place="after", qk_norm_span="width", tie_embeddings=False), id="norms-behind-own-head"),
+    pytest.param((0, 1), dict(head_dim=12, rotary_dim=4, qkv_bias=True), id="a-part-of-the-head-turned"),
 ])
 
 
@@ -42,7 +44,7 @@ def last_logits(model, sequences):
     edges = [0, *accumulate(len(s) for s in sequences)]
     token_T = torch.tensor([token for s in sequences for token in s])
     hidden_TD = model(token_T, kernels.documents(edges)).hidden_TD
-    return (hidden_TD @ model.embedding.weight.T)[torch.tensor(edges[1:]) - 1]
+    return (hidden_TD @ model.head_weight.T)[torch.tensor(edges[1:]) - 1]
 
 
 @MODELS
@@ -56,7 +58,7 @@ def test_equals_a_full_forward_for_each_token(slots, sizes, implementation, make
     hidden_BD, cache = model.prefill(torch.tensor(sum(PROMPTS, [])), documents, room=20 + steps)
     for _ in range(steps):
         want = last_logits(model, sequences)
-        torch.testing.assert_close(hidden_BD @ model.embedding.weight.T, want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(hidden_BD @ model.head_weight.T, want, rtol=1e-4, atol=1e-4)
         token_B = want.argmax(dim=-1)
         for sequence, token in zip(sequences, token_B.tolist(), strict=True):
             sequence.append(token)
@@ -72,7 +74,7 @@ def test_in_bfloat16(make_decoder):
     for token in range(40, 60):
         sequence.append(token)
         hidden_BD = model.decode(torch.tensor([token]), cache)
-    got, want = hidden_BD @ model.embedding.weight.T, last_logits(model, [sequence])
+    got, want = hidden_BD @ model.head_weight.T, last_logits(model, [sequence])
     torch.testing.assert_close(got, want, rtol=0.1, atol=0.15)
 
 

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from moe.data.tokenizer import encode
 from moe.errors import InputError
 from moe.hf import folder as model_folder
-from moe.hf.folder import is_dense, owner_of
+from moe.hf.folder import ModelFolder, is_dense, owner_of
+from moe.model import Decoder
 from moe.specialty.merge import merge
 
 SLOTS = {"billing": 1, "radiology": 7}
@@ -49,6 +50,26 @@ def test_what_is_saved_is_loaded(make_model, make_batch, logits, tmp_path, kind,
     assert torch.equal(logits(loaded.decoder, batch), logits(model.decoder, batch))
     assert all(parameter.requires_grad for parameter in loaded.decoder.parameters())
     assert is_dense(loaded) == (kind == "dense")
+
+
+OF_OTHER_FAMILIES = dict(head_dim=12, rotary_dim=4, qk_norm_span="width", qkv_bias=True, norm_place="after",
+                         tie_embeddings=False)  # fmt: skip
+
+
+def test_a_model_as_other_families_have_it_is_loaded(model_config, make_batch, logits, tokenizer, tmp_path):
+    decoder, batch = Decoder(model_config(**OF_OTHER_FAMILIES), 280).initialise(3), make_batch(5, 9)
+    model_folder.save(tmp_path / "model", ModelFolder(decoder, tokenizer))
+    loaded = model_folder.load(tmp_path / "model").decoder
+    assert loaded.config == decoder.config
+    assert torch.equal(logits(loaded, batch), logits(decoder, batch))
+
+
+def test_keys_of_other_families_are_written_only_where_they_are_set(model_config):
+    """Or hashes of models and stages from before there were such keys would no longer hold."""
+    assert not OF_OTHER_FAMILIES.keys() & model_config().model_dump(mode="json").keys()
+    for key, value in OF_OTHER_FAMILIES.items():
+        changed = {"head_dim": 12, key: value} if key == "rotary_dim" else {key: value}
+        assert model_config(**changed).model_dump(mode="json")[key] == value
 
 
 def test_saving_again_replaces_the_folder(make_model, tmp_path):

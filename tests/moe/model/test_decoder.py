@@ -43,21 +43,27 @@ def norm(x, weight, eps):
 def turned(x, config):
     """RoPE by complex numbers: element c and c + C/2 are the parts of one number."""
     n, _, width = x.shape
-    half = width // 2
-    frequency = config.rope_theta ** (-torch.arange(half).double() / half)
+    half, turning = width // 2, (config.rotary_dim or width) // 2
+    frequency = config.rope_theta ** (-torch.arange(turning).double() / turning)
     if config.rope_scaling:  # Llama 3: wavelengths that fit less than once into the old context are stretched
         turns = config.rope_scaling.original_context * frequency / (2 * math.pi)
         kept = ((turns - 1) / 3).clamp(0, 1)
         frequency = kept * frequency + (1 - kept) * frequency / config.rope_scaling.factor
-    angle = torch.arange(n).double()[:, None] * frequency
+    angle = torch.zeros(n, half, dtype=torch.float64)
+    angle[:, :turning] = torch.arange(n).double()[:, None] * frequency
     z = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)[:, None]
     return torch.cat([z.real, z.imag], dim=-1)
 
 
 def independent_attention(x, p, config):
     n, C = len(x), config.head_size
-    q, k, v = ((x @ p[f"{name}_proj.weight"].T).view(n, -1, C) for name in "qkv")
-    if config.qk_norm:
+    q, k, v = (x @ p[f"{name}_proj.weight"].T for name in "qkv")
+    if config.qkv_bias:
+        q, k, v = q + p["q_proj.bias"], k + p["k_proj.bias"], v + p["v_proj.bias"]
+    if config.qk_norm_span == "width":
+        q, k = norm(q, p["q_norm.weight"], config.norm_eps), norm(k, p["k_norm.weight"], config.norm_eps)
+    q, k, v = (rows.view(n, -1, C) for rows in (q, k, v))
+    if config.qk_norm and config.qk_norm_span == "head":
         q, k = norm(q, p["q_norm.weight"], config.norm_eps), norm(k, p["k_norm.weight"], config.norm_eps)
     q, k = turned(q, config), turned(k, config)
     heads = []
@@ -102,11 +108,19 @@ def independent(parameters, config, slots, token_T, edges):
         x = parameters["embedding.weight"][token_T[first:last]]
         for number in range(config.num_layers):
             p = below(f"layers.{number}.")
-            h = norm(x, p["attention_norm.weight"], config.norm_eps)
-            x = x + independent_attention(h, below(f"layers.{number}.attention."), config)
-            h = norm(x, p["ffn_norm.weight"], config.norm_eps)
-            x = x + independent_ffn(h, below(f"layers.{number}.ffn."), config, slots)
-        logits.append(norm(x, parameters["norm.weight"], config.norm_eps) @ parameters["embedding.weight"].T)
+            attention, ffn = below(f"layers.{number}.attention."), below(f"layers.{number}.ffn.")
+            if config.norm_place == "before":
+                h = norm(x, p["attention_norm.weight"], config.norm_eps)
+                x = x + independent_attention(h, attention, config)
+                h = norm(x, p["ffn_norm.weight"], config.norm_eps)
+                x = x + independent_ffn(h, ffn, config, slots)
+            else:
+                y = independent_attention(x, attention, config)
+                x = x + norm(y, p["attention_norm.weight"], config.norm_eps)
+                y = independent_ffn(x, ffn, config, slots)
+                x = x + norm(y, p["ffn_norm.weight"], config.norm_eps)
+        head = parameters["embedding.weight" if config.tie_embeddings else "head"]
+        logits.append(norm(x, parameters["norm.weight"], config.norm_eps) @ head.T)
     return torch.cat(logits)
 
 
@@ -122,7 +136,11 @@ def independent(parameters, config, slots, token_T, edges):
             {"rope_scaling": {"kind": "llama3", "factor": 8.0, "original_context": 16}, "rope_theta": 20.0},
             id="stretched-positions",
         ),
+        pytest.param((), {"head_dim": 12, "qkv_bias": True, "tie_embeddings": False}, id="heads-biases-head"),
+        pytest.param((), {"norm_place": "after", "qk_norm_span": "width"}, id="norms-behind-and-wide"),
+        pytest.param((), {"head_dim": 12, "rotary_dim": 4, "rope_theta": 20.0}, id="a-part-of-the-head-turned"),
         pytest.param((0, 1, 2, 7), {}, id="mixture"),
+        pytest.param((0, 3, 5), {"norm_place": "after", "tie_embeddings": False}, id="mixture-with-norms-behind"),
         pytest.param((0, 3), {"top_k": 1}, id="one-expert-a-token"),
         pytest.param((0, 15), {"top_k": 4}, id="fewer-slots-than-experts-a-token"),
     ],
@@ -134,7 +152,7 @@ def test_matches_an_independent_decoder(make_decoder, make_batch, slots, sizes):
 
     output = decoder(batch.token_T, batch.documents)
     nll_T = decoder.nll(output.hidden_TD, batch.label_T)
-    logits = output.hidden_TD @ decoder.embedding.weight.T
+    logits = output.hidden_TD @ decoder.head_weight.T
     want = independent(parameters, decoder.config, decoder.slots, batch.token_T, batch.documents.boundaries)
     labelled = batch.label_T != IGNORED
     picked = want.log_softmax(-1).gather(1, batch.label_T.clamp(min=0)[:, None])[:, 0]
@@ -242,9 +260,10 @@ def test_dropout_is_the_seeds(make_decoder, make_batch):
 
 
 @DTYPES
-def test_the_anchor_alone_is_the_dense_model(make_decoder, make_batch, logits, dtype):
-    dense, batch = make_decoder((), dtype), make_batch(5, 9, 4)
-    mixture = make_decoder((0,), dtype, seed=4)
+@pytest.mark.parametrize("sizes", [{}, {"norm_place": "after", "tie_embeddings": False}], ids=["", "norms-behind"])
+def test_the_anchor_alone_is_the_dense_model(make_decoder, make_batch, logits, dtype, sizes):
+    dense, batch = make_decoder((), dtype, **sizes), make_batch(5, 9, 4)
+    mixture = make_decoder((0,), dtype, seed=4, **sizes)
     missing, unexpected = mixture.load_state_dict(dense.state_dict(), strict=False)
     assert not unexpected and {name.split(".", 2)[2] for name in missing} == {"ffn.router.table", "ffn.router.bias"}
     assert torch.equal(logits(mixture, batch), logits(dense, batch))
@@ -310,6 +329,14 @@ def test_initialisation_follows_its_rule(model_config):
         want = 0.02 / 4 if name.endswith(("o_proj.weight", "w_down")) else 0.02  # 4 = sqrt(2 * 8 layers)
         # Five standard errors of a standard deviation over n draws.
         assert abs(tensor.std().item() / want - 1) < 5 / math.sqrt(2 * tensor.numel()), name
+
+
+def test_biases_start_at_zero_and_a_head_as_the_embedding_does(model_config):
+    torch.manual_seed(1)
+    tensors = Decoder(model_config(qkv_bias=True, tie_embeddings=False), VOCABULARY).initialise(1).state_dict()
+    assert all((tensor == 0).all() for name, tensor in tensors.items() if name.endswith("proj.bias"))
+    assert abs(tensors["head"].std().item() / 0.02 - 1) < 0.05
+    assert not torch.equal(tensors["head"], tensors["embedding.weight"])
 
 
 def test_a_cast_leaves_the_routers_in_float32_bit_for_bit(make_decoder):

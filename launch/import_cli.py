@@ -1,0 +1,37 @@
+"""`polyclinic import`: a checkpoint of another family becomes a model folder of ours. Needs no cluster and no GPU."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+def import_model(
+    source: Annotated[Path, typer.Argument(help="A folder in Hugging Face layout, or a GGUF file.")],
+    out: Annotated[Path, typer.Argument(help="The model's folder; must not exist.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print import.json, for scripts.")] = False,
+) -> None:
+    """Write SOURCE as a model folder of ours, tensor by tensor, with an account of every one in its import.json.
+
+    Example: polyclinic import downloads/SmolLM2-135M models/smollm2
+    """
+    from moe.hf.gguf import import_gguf
+    from moe.hf.importing import MANIFEST, import_folder
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True)) as shown:
+        task = shown.add_task(f"{source.name}: tensors", total=None)
+        read = import_gguf if source.is_file() else import_folder
+        account = read(source, out, progress=lambda done, total: shown.update(task, completed=done, total=total))
+    if as_json:
+        print(json.dumps(account, indent=1))
+        return
+    left_out = [name for name, tensor in account["sources"].items() if "left_out" in tensor]
+    Console().print(
+        f"{out}: {len(account['targets'])} tensors out of {len(account['sources'])} of {account['family']}; left out: "
+        f"{', '.join(left_out) or 'none'}; each with its hash in {MANIFEST}",
+        soft_wrap=True, highlight=False, markup=False,
+    )  # fmt: skip
