@@ -6,8 +6,8 @@ device has no published share, that of the nearest generation stands in, and `bo
 
     peak               bfloat16, dense, of the data sheet, in TFLOP/s
     matmul             of it, in the best plain product anybody has measured: stas00/ml-engineering,
-                       compute/accelerator (maximum achievable matmul FLOPS). The H100's 794.5 was looked up, the others
-                       are as remembered from that table and stand to be checked
+                       compute/accelerator (maximum achievable matmul FLOPS: A100 271.2, H100 794.5, MI300X 668.4
+                       TFLOP/s); those of the B200, the GB200 and the L40S are guesses
     attention          of it, forward and backward, causal, heads of 128: FlashAttention-2 (arXiv:2307.08691) on Ampere,
                        FlashAttention-3 (arXiv:2407.08608) on Hopper
     grouped            of the rate of plain products: the best public layers on an H100 reach 0.49 of it with experts
@@ -72,6 +72,6 @@ DEVICES = {
     "h200": Device(989, 0.803, 0.65, 0.55, 4800, 141, "hopper"),
     "b200": Device(2250, 0.776, 0.60, 0.50, 8000, 180, "blackwell", borrowed=True),
     "gb200": Device(2500, 0.776, 0.60, 0.50, 8000, 186, "blackwell", borrowed=True),
-    "mi300x": Device(1307, 0.542, 0.40, 0.30, 5300, 192, "cdna3", borrowed=True),
+    "mi300x": Device(1307, 0.514, 0.40, 0.30, 5300, 192, "cdna3", borrowed=True),
     "l40s": Device(362, 0.77, 0.55, 0.45, 864, 48, "ada", borrowed=True),
 }
