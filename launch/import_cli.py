@@ -22,7 +22,7 @@ def import_model(
     from moe.hf.importing import MANIFEST, import_folder
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True)) as shown:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
         task = shown.add_task(f"{source.name}: tensors", total=None)
         read = import_gguf if source.is_file() else import_folder
         account = read(source, out, progress=lambda done, total: shown.update(task, completed=done, total=total))
