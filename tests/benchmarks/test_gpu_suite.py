@@ -29,7 +29,7 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys):
 
 
 def test_a_part_that_hangs_is_interrupted_and_ended_with_what_it_has_printed(suite, monkeypatch):
-    monkeypatch.setattr(gpu_suite, "GRACE", 3.0)
+    monkeypatch.setattr(gpu_suite, "GRACE", 8.0)
     code = """import time
 print('begun')
 try:
