@@ -262,14 +262,15 @@ def test_after_a_failure_only_what_is_missing_runs(house):
 
 
 def test_a_stop_ends_what_runs_and_begins_nothing_new(house):
-    running = threading.Event()
+    running = threading.Barrier(3)  # both stages and the test
 
     def until_stopped(_):
-        running.set()
+        running.wait(TIMEOUT)
         assert graph.stopping.wait(TIMEOUT)
         raise Stopped
 
     def to_its_end(_):
+        running.wait(TIMEOUT)
         assert graph.stopping.wait(TIMEOUT)
         return {}
 
@@ -278,7 +279,7 @@ def test_a_stop_ends_what_runs_and_begins_nothing_new(house):
         house.stage("after-train", "train"), house.stage("after-data", "data"),
     )  # fmt: skip
     futures = graph.start()
-    assert running.wait(TIMEOUT)
+    running.wait(TIMEOUT)
     graph.stopping.set()
     house.finish(futures)
     assert graph.progress.state == {
