@@ -41,7 +41,7 @@ class Jobs:
         capacity = self._capacity
 
         def fit(attempt: int, placement: Placement) -> None:
-            threads = max(1, len(os.sched_getaffinity(0)) // (len(placement) * jobs)) if capacity.local else 1
+            threads = _threads(len(placement) * jobs) if capacity.local else 1
             trainer.fit(
                 train_rank,
                 {"stage": stage, "attempt": attempt, "board": self._board, "threads": threads},
@@ -106,3 +106,9 @@ class Jobs:
     def news(self) -> list[str]:
         """What has happened to the jobs since the last call, each in a sentence."""
         return [self._said.get() for _ in range(self._said.qsize())] + ray.get(self._board.warnings.remote())
+
+
+def _threads(workers: int) -> int:
+    """Of each of so many workers that share this machine."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdigit() else max(1, len(os.sched_getaffinity(0)) // workers)

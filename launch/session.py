@@ -24,6 +24,7 @@ MEND = "start one with `ray start --head`, or leave cluster.address out for a cl
 
 # Set before ray is imported. Workers of a local cluster inherit them; those of another are given them.
 ENVIRONMENT = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # our own watch asks for a checkpoint, on every gang
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # fit returns a second after training ends, not three
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # to find places for workers; then the cluster is looked at again
