@@ -27,6 +27,12 @@ class Demand:
         grouped = f" in groups of {self.group} on one node" if self.group > 1 else ""
         return grouped + (f" on nodes labelled {'='.join(self.label)}" if self.label else "")
 
+    def mend(self) -> str:
+        """What in the config makes it content with less."""
+        if self.least == self.group > 1:
+            return f"lower parallel.expert={self.group}, or let it span nodes by parallel.across_nodes=true"
+        return "lower cluster.min_workers"
+
 
 def of_job(config: JobConfig) -> Demand:
     """Ranks that share one set of experts sit on one node, unless they may span several."""

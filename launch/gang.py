@@ -207,8 +207,10 @@ class Gang:
             if self._stopping.is_set() and failure.machine:
                 raise Stopped
             return failure
-        displaced = not kind and self._asked.startswith("displaced") and not self._abandoned.is_set()
-        if kind in ("", "finished") and not displaced:  # nothing is said by workers who heard that there is no job
+        # Workers who hear that there is no job say nothing: because there will be none, or because they have been asked
+        # to stop before they came to take it.
+        unused = not kind and bool(self._asked) and not self._abandoned.is_set()
+        if kind in ("", "finished") and not unused:
             self._event(kind or "abandoned", attempt, size, None)
             return None
         if self._stopping.is_set():
@@ -218,7 +220,7 @@ class Gang:
         assert event in ("resized", "preempted", "displaced"), f"{self.stage} stopped, and nobody had asked it to"
         reason = self._asked.partition(": ")[2] or f"{what} was told to go (SIGTERM)"
         self._event(event, attempt, size, reason)
-        if not displaced:  # which has cost nothing
+        if not unused:  # which has cost nothing
             self._say(f"{self.stage}: {reason}; stopped at a checkpoint; going on {self._from_where()}")
         return event
 
@@ -262,8 +264,8 @@ class _Patience:
                 f"{demand.least}")  # fmt: skip
         limit = gang._config.wait_seconds
         if time.monotonic() - self._since > limit:
-            raise RunFailed(f"{what}; no node came in {limit:g} s (cluster.wait_seconds): start nodes, or lower "
-                            "cluster.min_workers, and give the same command with --resume")
+            raise RunFailed(f"{what}; no node came in {limit:g} s (cluster.wait_seconds): start nodes, or "
+                            f"{demand.mend()}, and give the same command with --resume")
         if not self._said:
             self._said = True
             gang._event("waiting", 0, demand.least, what)

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from launch.demand import Demand, Label
 
 POLL_SECONDS = 0.5
 CONNECT_SECONDS = 2.0
+ASKED_AT_ONCE = 32  # nodes, of those that may not answer
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,16 @@ def nodes(use_gpu: bool, sure: bool = False) -> list[Node]:
     time: where it must be `sure`, those that do not listen are left out."""
     leaving = ray._private.state.state.get_draining_nodes()  # there are no public names for these two
     free = ray._private.state.available_resources_per_node()
+    here = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+    if sure and here:
+        with ThreadPoolExecutor(min(len(here), ASKED_AT_ONCE)) as pool:
+            here = [node for node, listens in zip(here, pool.map(_listens, here), strict=True) if listens]
     found = []
-    for node in ray.nodes():
-        if node["Alive"] and node["NodeID"] not in leaving and (not sure or _listens(node)):
-            slots = _slots(node["Resources"], use_gpu)
-            held = slots - min(slots, _slots(free.get(node["NodeID"], node["Resources"]), use_gpu))
-            labels = frozenset((node.get("Labels") or {}).items())
-            found.append(Node(node["NodeID"], node["NodeManagerHostname"], slots, labels, held))
+    for node in here:
+        slots = _slots(node["Resources"], use_gpu)
+        held = slots - min(slots, _slots(free.get(node["NodeID"], node["Resources"]), use_gpu))
+        labels = frozenset((node.get("Labels") or {}).items())
+        found.append(Node(node["NodeID"], node["NodeManagerHostname"], slots, labels, held))
     return found
 
 
@@ -85,7 +90,8 @@ class Place:
 
 
 class Room:
-    """Deals out the slots of the nodes that `look` finds; look(sure=True) is the slower way."""
+    """Deals out the slots of the nodes that `look` finds; look(sure=True) is the slower way, for which nobody is made
+    to wait who only wants to say something."""
 
     def __init__(self, look: Look):
         self._look = look
@@ -112,13 +118,13 @@ class Room:
 
     def avoid(self, place: Place, node: str) -> bool:
         """Leave a node out, if the others are large enough for the job; whether they are."""
+        avoided = place.avoided | {node}
+        others = [each for each in self._look(sure=True) if each.id not in avoided]
+        if most(others, place.demand) < place.demand.least:
+            return False
         with self._changed:
-            avoided = place.avoided | {node}
-            others = [each for each in self._look(sure=True) if each.id not in avoided]
-            if most(others, place.demand) < place.demand.least:
-                return False
             place.avoided = avoided
-            return True
+        return True
 
     @contextlib.contextmanager
     def take(self, place: Place, sizes: Sequence[int], waiting: Callable[[int], None]) -> Iterator[Placement]:
@@ -136,11 +142,11 @@ class Room:
     def larger(self, place: Place, sure: bool = False) -> int:
         """The largest size that a job could have in place of what it has taken, of what nobody else holds; the same
         while another waits."""
-        now = len(place.taken)
+        now, found = len(place.taken), self._look(sure=sure)
         with self._changed:
             if self._ready_waits(place):
                 return now
-            free = self._free(place, self._look(sure=sure))
+            free = self._free(place, found)
         return next((size for size in place.demand.sizes if size > now and _placed(size, free, place)), now)
 
     def wanted(self, place: Place) -> bool:
@@ -149,21 +155,22 @@ class Room:
             return not place.ready and self._ready_waits(place)
 
     def _wait(self, place: Place, sizes: Sequence[int], waiting: Callable[[int], None]) -> Placement:
-        with self._changed:
-            place.waiting = True
-            try:
-                while True:
-                    found = self._look(sure=True)
+        place.waiting = True
+        try:
+            while True:
+                found = self._look(sure=True)
+                with self._changed:
                     left, free = self._left(place, found), self._free(place, found)
                     # What Ray takes for held may be given back just now, by a worker of our own that has ended.
                     placed = (_placed(size, slots, place) for size in sizes for slots in (free, left))
                     if taken := next(filter(None, placed), None):
                         place.taken = taken
                         return taken
-                    waiting(most(found, place.demand))
+                waiting(most(found, place.demand))
+                with self._changed:
                     self._changed.wait(POLL_SECONDS)
-            finally:
-                place.waiting = False
+        finally:
+            place.waiting = False
 
     def _left(self, place: Place, found: Sequence[Node]) -> dict[str, int]:
         """Slots of each node that the job may use: not what others of this run have, or are to have before it."""

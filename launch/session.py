@@ -143,7 +143,8 @@ def check_room(config: RunConfig, nodes: "list[Node]", use_gpu: bool) -> None:
                 raise InputError(
                     f"the cluster has room for {room} workers{job.places()}, each with {worker}: want {job.least} "
                     f"({key}={workers}, cluster.min_workers="
-                    f"{'null' if config.cluster.min_workers is None else config.cluster.min_workers})"
+                    f"{'null' if config.cluster.min_workers is None else config.cluster.min_workers}"
+                    f"{f', parallel.expert={job.group}' if job.group > 1 else ''})"
                 )
 
 

@@ -460,6 +460,20 @@ def test_workers_that_wait_for_a_job_give_way_to_a_job_that_needs_their_room(tmp
     assert [event for event, _, _ in pack.events()] == ["started", "displaced", "started", "finished"]
 
 
+def test_workers_that_are_asked_to_stop_before_they_have_taken_their_job_are_started_anew(tmp_path):
+    """A node is about to leave while they come up: those who ask for the job then hear that there is none."""
+    made = Clinic(tmp_path, 3, sizes=(2,))
+
+    def leaves():
+        gone = made.nodes.pop(0)
+        assert made.board.asked.wait(10) and gone.id in made.board.placed.values()
+        return ""
+
+    made.run(leaves, "finished")
+    assert made.placements[1] == ("1", "2")
+    assert [event for event, _, _ in made.events()] == ["started", "preempted", "started", "finished"]
+
+
 def test_workers_that_are_started_ahead_leave_room_for_what_they_wait_for(tmp_path):
     """Also where that has not begun: its stage was done, and its inputs have changed."""
     anchor = Clinic(tmp_path / "anchor", 3, sizes=(2,))

@@ -279,3 +279,8 @@ def test_nodes_that_are_dead_or_leaving_hold_nothing(ray):
 
 def test_where_it_must_be_sure_a_node_has_to_listen(ray):
     assert [node.id for node in room.nodes(use_gpu=False, sure=True)] == ["a"]
+
+
+def test_what_would_help_a_job_that_has_too_little_room():
+    assert "min_workers" in Demand((4, 2)).mend() and "min_workers" in Demand((8, 4), group=2).mend()
+    assert "parallel.expert=4" in Demand((8, 4), group=4).mend()
