@@ -4,8 +4,9 @@
     python -m benchmarks.bench_job configs/mixture-tiny.yaml cluster.workers=1 parallel.expert=1 --threads 1 \
         --ways torchrun ray --out benchmarks/results/job_cpu.jsonl
 
-The second leaves a core of a small machine to everything that is not a rank, as a node with GPUs does. The real commands, one run after another in turns, so that a machine that others use is shared fairly; all under the
-allocator's settings that our launcher gives its workers:
+The second leaves a core of a small machine to all that is not a rank, as a node with GPUs does. The real commands, one
+run after another in turns, so that a machine that others use is shared fairly; all under the allocator's settings that
+our launcher gives its workers:
 
     torchrun          as many ranks as the config has workers, each on --threads threads
     ray               the same by `polyclinic train`
@@ -61,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     print(f"turn {turn} {way}: {found[way][-1]:,.0f} tokens/s", flush=True)
     for way, values in found.items():
         row = {"benchmark": "job", "config": options.config.name, "overrides": options.overrides, "way": way,
-               "threads_of_a_rank": threads, "turns": options.turns, "updates": options.steps, "median": statistics.median(values)}
+               "threads_of_a_rank": threads, "turns": options.turns, "updates": options.steps,
+               "median": statistics.median(values)}
         if way not in ("torchrun", "saving") and "torchrun" in found:
             row["of_torchrun"] = statistics.median(a / b for a, b in zip(values, found["torchrun"], strict=True))
         if options.out:
@@ -100,8 +102,8 @@ def run(way: str, config: JobConfig, threads: int, options: argparse.Namespace, 
     name = way.replace(" ", "-")
     every = SAVE_EVERY if way == "saving" else options.steps
     overrides = [
-        *options.overrides, f"run.name={name}", f"run.folder={folder}", f"train.steps={options.steps}", f"train.checkpoint_every={every}",
-        f"train.evaluate_every={options.steps}", "evaluation.tokens=1024",
+        *options.overrides, f"run.name={name}", f"run.folder={folder}", f"train.steps={options.steps}",
+        f"train.checkpoint_every={every}", f"train.evaluate_every={options.steps}", "evaluation.tokens=1024",
     ]  # fmt: skip
     ranks = config.cluster.workers
     if way == "one rank":

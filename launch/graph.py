@@ -2,7 +2,7 @@
 
 A stage's inputs are its own settings and the outputs of the stages it needs. Their hash is written into
 stages/NAME/DONE when it has finished; a stage whose hash stands there is not run again, and one whose inputs have
-changed starts from an empty folder.
+changed starts anew; checkpoints that lie there are moved aside.
 """
 
 import threading

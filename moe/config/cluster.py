@@ -9,8 +9,8 @@ from moe.config.section import Section
 
 class ClusterConfig(Section):
     address: str | None = None  # of a running Ray cluster; null: start a local one and stop it at the end
-    # A job goes on with as few where workers are lost, of sizes that fit it: inside nodes, multiples of parallel.expert.
-    # null: at full size only.
+    # A job goes on with as few where workers are lost, of sizes that fit it: inside nodes, multiples of
+    # parallel.expert. null: at full size only.
     min_workers: PositiveInt | None = None
     max_failures: NonNegativeInt = 3  # of one job in a row, with no new checkpoint between them, before it is given up
     hang_seconds: PositiveFloat = 600.0  # without progress, after which a rank writes down where it stands and dies
