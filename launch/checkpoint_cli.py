@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from launch.graph import RunFailed
@@ -29,26 +37,17 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")
 
 @app.command()
 def verify(path: Where, as_json: AsJson = False) -> None:
-    """Read every checkpoint under PATH and compare each tensor with its hash.
+    """Read every checkpoint under PATH, or the model that `polyclinic import` has written there, and compare each
+    tensor with its hash.
 
     Exit status: 0 where all are whole, 1 where one is damaged, 2 where there is none.
 
-    Example: polyclinic checkpoint verify runs/quickstart
+    Examples: polyclinic checkpoint verify runs/quickstart; polyclinic checkpoint verify models/smollm2
     """
-    from moe.train.checkpoint import DamagedCheckpoint, open_checkpoint
+    from moe.hf.importing import MANIFEST
 
-    rows = []
-    for folder in find(path):
-        row: dict[str, Any] = {"path": str(folder), "whole": False, "tensors": 0, "bytes": 0, "damages": []}
-        rows.append(row)
-        try:
-            checkpoint = open_checkpoint(folder)
-        except DamagedCheckpoint as error:
-            row["damages"] = [{"file": None, "tensor": None, "problem": str(error)}]
-            continue
-        row |= {"tensors": len(checkpoint.names), "bytes": _num_bytes(checkpoint)}
-        row["damages"] = [damage._asdict() | {"problem": str(damage)} for damage in _verified(checkpoint)]
-        row["whole"] = not row["damages"]
+    imported = (path / MANIFEST).is_file()
+    rows = [_verify_imported(path)] if imported else [_verify(folder) for folder in find(path)]
     damaged = [row for row in rows if not row["whole"]]
     if as_json:
         print(json.dumps({"whole": not damaged, "checkpoints": rows}, indent=1))
@@ -58,9 +57,40 @@ def verify(path: Where, as_json: AsJson = False) -> None:
                                        "DAMAGED"))  # fmt: skip
             for damage in row["damages"]:
                 _say(f"  {damage['problem']}")
+    if damaged and imported:
+        raise RunFailed(f"{path} is not as it was imported; import it again")
     if damaged:
         raise RunFailed(f"{len(damaged)} of {len(rows)} checkpoints cannot be used; a run goes on from the newest of "
                         "the others")
+
+
+def _verify(folder: Path) -> dict[str, Any]:
+    """What is said of a checkpoint."""
+    from moe.train.checkpoint import open_checkpoint
+
+    try:
+        checkpoint = open_checkpoint(folder)
+    except InputError as error:
+        return _row(folder, [{"file": None, "tensor": None, "problem": str(error)}])
+    damages = [damage._asdict() | {"problem": str(damage)} for damage in _verified(checkpoint)]
+    return _row(folder, damages, len(checkpoint.names), _num_bytes(checkpoint))
+
+
+def _verify_imported(folder: Path) -> dict[str, Any]:
+    from moe.hf.importing import verify
+    from moe.hf.source import weight_files
+
+    try:
+        with _shown(MofNCompleteColumn()) as progress:
+            task = progress.add_task(folder.name)
+            count = verify(folder, lambda done, total: progress.update(task, completed=done, total=total))
+        return _row(folder, [], count, sum(file.stat().st_size for file in weight_files(folder)))
+    except InputError as error:
+        return _row(folder, [{"file": None, "tensor": None, "problem": str(error)}])
+
+
+def _row(folder: Path, damages: list[dict[str, Any]], tensors: int = 0, num_bytes: int = 0) -> dict[str, Any]:
+    return {"path": str(folder), "whole": not damages, "tensors": tensors, "bytes": num_bytes, "damages": damages}
 
 
 @app.command()
@@ -133,19 +163,19 @@ def convert(
     checkpoint = _newest(path)
     import torch
 
-    from moe.data.tokenizer import load
+    from moe.data.tokenizer import fits, load, load_config
     from moe.hf import folder
     from moe.hf.from_checkpoint import model_of
 
     section, vocab_size = _described(checkpoint)
     file = tokenizer or _tokenizer_of_run(checkpoint.path)
     tokens = load(file)
-    if tokens.get_vocab_size() != vocab_size:
+    if not fits(tokens, vocab_size):
         raise InputError(f"tokenizer {file} has {tokens.get_vocab_size()} tokens: want the {vocab_size} of the model "
                          f"of checkpoint {checkpoint.path}")
     if damages := _verified(checkpoint):
         raise InputError(f"checkpoint {checkpoint.path} is damaged: {damages[0]}; want a whole one")
-    folder.save(out, model_of(checkpoint, section, tokens, getattr(torch, dtype)))
+    folder.save(out, model_of(checkpoint, section, tokens, getattr(torch, dtype), load_config(file)))
     _say(f"{out}: the model after {checkpoint.state.step} updates, in {dtype}")
 
 
@@ -212,11 +242,15 @@ def _tokenizer_of_run(path: Path) -> Path:
 
 def _verified(checkpoint: "Checkpoint") -> "list[Damage]":
     """What is wrong with it; shows how far it has come where somebody looks on."""
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+    with _shown(DownloadColumn()) as progress:
         task = progress.add_task(checkpoint.path.name, total=_num_bytes(checkpoint))
         return checkpoint.verify(progress=lambda num_bytes: progress.advance(task, num_bytes))
+
+
+def _shown(count: ProgressColumn) -> Progress:
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn()
+    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
 
 
 def _num_bytes(checkpoint: "Checkpoint") -> int:

@@ -8,6 +8,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from launch.graph import RunFailed
+
 
 def import_model(
     source: Annotated[Path, typer.Argument(help="A folder in Hugging Face layout, or a GGUF file.")],
@@ -25,7 +27,10 @@ def import_model(
     with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
         task = shown.add_task(f"{source.name}: tensors", total=None)
         read = import_gguf if source.is_file() else import_folder
-        account = read(source, out, progress=lambda done, total: shown.update(task, completed=done, total=total))
+        try:
+            account = read(source, out, progress=lambda done, total: shown.update(task, completed=done, total=total))
+        except OSError as error:
+            raise RunFailed(f"the import into {out} has failed, and nothing of it is left: {error}") from error
     if as_json:
         print(json.dumps(account, indent=1))
         return

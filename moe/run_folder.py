@@ -2,7 +2,8 @@
 
     runs/NAME/config.yaml          as resolved, defaults included
     runs/NAME/manifest.json        versions, commit, hash of the config
-    runs/NAME/tokenizer.json       trained on the first domain's text
+    runs/NAME/tokenizer.json       trained on the first domain's text, or that of the model which a job begins with, and
+                                   tokenizer_config.json with it
     runs/NAME/stages/STAGE/        what a stage made; DONE when it is finished, with the hash of its inputs
     runs/NAME/packs/OWNER/         pack.safetensors, pack.json
     runs/NAME/model/               what all of it was for, in Hugging Face layout: the merged model, or a job's

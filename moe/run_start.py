@@ -4,8 +4,10 @@ which a stranger can run it again.
 
 import fcntl
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +38,7 @@ def check(config: RunConfig) -> None:
         from moe.model import upcycle
 
         upcycle.check(folder.outline(config.upcycle.model), config.model, config.tokenizer.vocab_size)
+        folder.check(config.upcycle.model)
 
 
 def resolve(config: RunConfig, use_gpu: bool) -> RunConfig:
@@ -51,19 +54,14 @@ def resolve(config: RunConfig, use_gpu: bool) -> RunConfig:
 
 def check_folder(run: RunFolder, config: RunConfig, resume: bool) -> None:
     """Refuse a run's folder that cannot be written, or that exists, unless it is to be gone on with and is what it was.
-    Nothing is left behind: a run that has not begun is not to be in its own way."""
+    No folder is made: a run that has not begun is not to be in its own way, nor in that of others in the same place."""
     if run.path.exists() and not resume:
         raise InputError(f"run {run.path} exists: want another run.name, or --resume to go on with it")
     if resume:
         _check_resumed(run, config)
-    missing = [path for path in (run.path, *run.path.parents) if not path.exists()]
+    nearest = next(path for path in (run.path, *run.path.parents) if path.exists())
     try:
-        run.path.mkdir(parents=True, exist_ok=True)
-        probe = run.path / ".writable"
-        probe.touch()
-        probe.unlink()
-        for path in missing:
-            path.rmdir()
+        tempfile.TemporaryFile(dir=nearest).close()  # who may make that may make the missing folders
     except OSError as error:
         raise InputError(f"run folder {run.path} cannot be written: {error.strerror}") from error
 
@@ -126,16 +124,15 @@ def _lost_file(stage: Path) -> Path | None:
 def describe(run: RunFolder, config: RunConfig) -> TextIO:
     """Make the run's folder, with config.yaml and manifest.json: with them a stranger can run it again.
 
-    Returns config.yaml open and locked: the folder is ours until it is closed. Raises InputError where it is
+    Returns manifest.json open and locked: the folder is ours until it is closed. Raises InputError where it is
     somebody else's."""
     run.path.mkdir(parents=True, exist_ok=True)
-    lock = run.config.open("a")
+    lock = run.manifest.open("a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise InputError(f"run {run.path} is being run by another process: want it to end first") from error
-    text = dump(config)
-    run.config.write_text(text)
+    _write_config(run.config, dump(config))
     manifest = {
         "schema": 1,
         "config_hash": value_hash(config.model_dump(mode="json")),
@@ -143,8 +140,18 @@ def describe(run: RunFolder, config: RunConfig) -> TextIO:
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in VERSIONS}},
         "notice": "Not for clinical use.",
     }
+    # In place, because a file that is replaced has lost its lock. Half of it may be left to the next start, which does
+    # not read it.
     run.manifest.write_text(json.dumps(manifest, indent=1) + "\n")
     return lock
+
+
+def _write_config(path: Path, text: str) -> None:
+    """Whole or not at all: without it a run cannot be gone on with."""
+    if not (path.is_file() and path.read_bytes() == text.encode()):
+        temporary = path.with_name(f".{path.name}.partial")
+        temporary.write_text(text)
+        os.replace(temporary, path)
 
 
 def _commit() -> str | None:

@@ -6,6 +6,7 @@
 """
 
 import contextlib
+import glob
 import json
 import logging
 import os
@@ -31,6 +32,7 @@ def run(folder: Path, inputs: str, work: Callable[[], Outputs], tell: Callable[[
     """Do a stage's work in its folder, which loses first what is of other inputs. `tell` hears the seconds spent,
     however the work ends."""
     own(folder, inputs)
+    (folder / "DONE").unlink(missing_ok=True)  # of a stage that is done again: it would speak of files that are not its
     started = time.time()
     earlier = _read(folder / "SPENT") or 0.0  # seconds of runs that were stopped
     try:
@@ -47,16 +49,38 @@ def run(folder: Path, inputs: str, work: Callable[[], Outputs], tell: Callable[[
 def own(folder: Path, inputs: str) -> None:
     """Keep what an interrupted run of the same inputs has left, and nothing else.
 
-    Checkpoints of other inputs may be weeks of work: with their folder they are moved aside, not deleted."""
-    if (before := _read(folder / "INPUTS")) != inputs:
-        if any(folder.glob("checkpoints/step-*")):
-            aside = folder.with_name(f"{folder.name}.of-{str(before)[:12]}")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(folder, aside)
-            log.warning("what determines %s has changed: it begins anew; its checkpoints are now in %s", folder, aside)
-        shutil.rmtree(folder, ignore_errors=True)
+    Checkpoints of other inputs may be weeks of work: with their folder they are moved aside, not deleted, and come back
+    when these are the inputs once more."""
+    if (before := _read(folder / "INPUTS")) == inputs:
+        return
+    aside = None
+    if any(folder.glob("checkpoints/step-*")):
+        aside = _free(folder.with_name(f"{folder.name}.of-{str(before)[:12]}"))
+        os.replace(folder, aside)
+    shutil.rmtree(folder, ignore_errors=True)
+    if back := _aside(folder, inputs):
+        os.replace(back, folder)
+    else:
         folder.mkdir(parents=True)
         _write(folder / "INPUTS", inputs)
+    if aside or back:
+        log.warning("what determines %s has changed: %s%s", folder,
+                    f"it goes on with the checkpoints that lay in {back}" if back else "it begins anew",
+                    f"; its checkpoints are now in {aside}" if aside else "")
+
+
+def _free(path: Path) -> Path:
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
+
+
+def _aside(folder: Path, inputs: str) -> Path | None:
+    """The folder of these inputs that was moved aside; None where there is none."""
+    moved = sorted(folder.parent.glob(f"{glob.escape(folder.name)}.of-*"))
+    return next((path for path in moved if _read(path / "INPUTS") == inputs), None)
 
 
 def done(folder: Path) -> dict[str, Any] | None:

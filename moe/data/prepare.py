@@ -4,7 +4,10 @@ The first domain is a specialty run's public one, whose text also has a calibrat
 job that begins with another model's weights has that model's tokenizer.
 """
 
+import json
 from typing import Any
+
+from tokenizers import Tokenizer
 
 from moe.config import PUBLIC, DataConfig, JobConfig, RunConfig
 from moe.data import sources, tokenizer
@@ -20,7 +23,7 @@ def domains(config: RunConfig) -> dict[str, DataConfig]:
 
 
 def prepare(config: RunConfig, run: RunFolder, domain: str) -> dict[str, Any]:
-    """Write stages/data-DOMAIN/SPLIT for each split and, of the first domain, the run's tokenizer.json.
+    """Write stages/data-DOMAIN/SPLIT for each split and, of the first domain, the run's tokenizer.
 
     Returns plain values: the hash of the packed splits and their counts. Reads no other domain's data."""
     sections = domains(config)
@@ -28,12 +31,15 @@ def prepare(config: RunConfig, run: RunFolder, domain: str) -> dict[str, Any]:
     calibration = domain == PUBLIC and not isinstance(config, JobConfig)
     splits = sources.read(domain, sections[domain], folder, config.run.seed, calibration)
     if domain == next(iter(sections)):
+        settings = None
         if isinstance(config, JobConfig) and config.upcycle:
-            made = tokenizer.load(config.upcycle.model / "tokenizer.json")
+            theirs = config.upcycle.model / "tokenizer.json"
+            made, settings = tokenizer.load(theirs), tokenizer.load_config(theirs)
         else:
             made = tokenizer.train((row.text for row in splits["train"]), config.tokenizer.vocab_size)
-        made.save(str(run.tokenizer))
-    manifests = sources.pack(splits, folder, tokenizer.load(run.tokenizer))
+        _save(made, settings, run)
+    special = tokenizer.special_of(tokenizer.load_config(run.tokenizer))
+    manifests = sources.pack(splits, folder, tokenizer.load(run.tokenizer), special)
     return {
         "hash": value_hash({split: manifest["files"] for split, manifest in manifests.items()}),
         "tokenizer": manifests["train"]["tokenizer"],
@@ -43,6 +49,15 @@ def prepare(config: RunConfig, run: RunFolder, domain: str) -> dict[str, Any]:
             for count in ("documents", "tokens", "bytes")
         },
     }
+
+
+def _save(made: Tokenizer, settings: dict[str, Any] | None, run: RunFolder) -> None:
+    """As the run's, in the place of another one that was there."""
+    beside = run.tokenizer.with_name(tokenizer.CONFIG)
+    beside.unlink(missing_ok=True)
+    if settings is not None:
+        beside.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    made.save(str(run.tokenizer))
 
 
 def content(data: DataConfig) -> list[Any]:

@@ -23,7 +23,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from moe import manifest as manifests
-from moe.data.tokenizer import encode, identity
+from moe.data.tokenizer import OWN, Special, encode, identity, num_ids
 from moe.errors import InputError
 
 TOKENS_PER_SHARD = 2**28
@@ -41,7 +41,8 @@ class Document:
 
 
 def write(
-    folder: Path, documents: Iterable[Document], tokenizer: Tokenizer, tokens_per_shard: int = TOKENS_PER_SHARD
+    folder: Path, documents: Iterable[Document], tokenizer: Tokenizer, tokens_per_shard: int = TOKENS_PER_SHARD,
+    special: Special = OWN,
 ) -> dict:
     """Tokenize and pack into `folder`, which must not exist; return the manifest. No document spans two shards.
 
@@ -49,9 +50,9 @@ def write(
     temporary = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    token_dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
+    token_dtype = np.uint16 if num_ids(tokenizer) <= 2**16 else np.uint32
     totals = {"shards": 0, "tokens": 0, "documents": 0, "bytes": 0}
-    for shard in _shards(documents, tokenizer, tokens_per_shard):
+    for shard in _shards(documents, tokenizer, tokens_per_shard, special):
         lengths = [len(ids) for _, ids in shard]
         arrays = {
             "tokens": np.fromiter(chain.from_iterable(ids for _, ids in shard), token_dtype, sum(lengths)),
@@ -71,7 +72,7 @@ def write(
     files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
     manifest = {
         "schema": 1,
-        "tokenizer": identity(tokenizer),
+        "tokenizer": identity(tokenizer, special),
         "vocab_size": tokenizer.get_vocab_size(),
         **totals,
         "files": files,
@@ -131,11 +132,11 @@ class PackedDocuments:
 
 
 def _shards(
-    documents: Iterable[Document], tokenizer: Tokenizer, tokens_per_shard: int
+    documents: Iterable[Document], tokenizer: Tokenizer, tokens_per_shard: int, special: Special
 ) -> Iterator[list[tuple[Document, list[int]]]]:
     shard, size, source = [], 0, iter(documents)
     while batch := list(islice(source, DOCUMENTS_PER_BATCH)):
-        for document, ids in zip(batch, encode(tokenizer, [d.text for d in batch]), strict=True):
+        for document, ids in zip(batch, encode(tokenizer, [d.text for d in batch], special), strict=True):
             if shard and size + len(ids) > tokens_per_shard:
                 yield shard
                 shard, size = [], 0

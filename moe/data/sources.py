@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from moe.config import DataConfig
 from moe.data import demonstration
 from moe.data.shards import Document, write
+from moe.data.tokenizer import OWN, Special
 from moe.errors import InputError
 
 NOISE_WORDS = 150  # in a document of noise
@@ -64,11 +65,12 @@ def read(
     return {split: sorted(rows, key=lambda row: _position("order", row)) for split, rows in splits.items()}
 
 
-def pack(splits: dict[str, list[Document]], folder: Path, tokenizer: Tokenizer) -> dict[str, dict]:
+def pack(splits: dict[str, list[Document]], folder: Path, tokenizer: Tokenizer, special: Special = OWN
+         ) -> dict[str, dict]:
     """Write folder/SPLIT for every split; return their manifests."""
     for split in splits:
         shutil.rmtree(folder / split, ignore_errors=True)
-    return {split: write(folder / split, rows, tokenizer) for split, rows in splits.items()}
+    return {split: write(folder / split, rows, tokenizer, special=special) for split, rows in splits.items()}
 
 
 def _rows(path: Path) -> Iterator[Document]:

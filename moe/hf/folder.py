@@ -12,20 +12,20 @@ import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from moe.config import ANCHOR_SLOT, ModelConfig
-from moe.data.tokenizer import BOS, EOS, PAD, identity
-from moe.data.tokenizer import load as load_tokenizer
+from moe.data import tokenizer as tokenizers
 from moe.errors import InputError
 from moe.hashing import tensor_hashes
-from moe.hf.source import INDEX, TENSORS
+from moe.hf.source import INDEX, TENSORS, weight_files, write_tensors
 from moe.manifest import value_hash
 from moe.model import Decoder
 
@@ -40,6 +40,11 @@ class ModelFolder:
     tokenizer: Tokenizer
     owners: dict[str, int] = field(default_factory=dict)  # name -> slot
     anchor_hash: str | None = None  # H0 of the anchor a merged model stands on
+    tokenizer_config: dict[str, Any] | None = None  # of a tokenizer that came with another family's model
+
+    @property
+    def special(self) -> tokenizers.Special:
+        return tokenizers.special_of(self.tokenizer_config)
 
     def identity(self) -> str:
         """Hash of every tensor, the sections and the tokenizer: H0 when this is an anchor."""
@@ -47,7 +52,7 @@ class ModelFolder:
             {
                 "tensors": tensor_hashes(self.decoder.state_dict()),
                 "model": self.decoder.config.model_dump(mode="json"),
-                "tokenizer": identity(self.tokenizer),
+                "tokenizer": tokenizers.identity(self.tokenizer, self.special),
             }
         )
 
@@ -60,13 +65,14 @@ def save(folder: Path, model: ModelFolder) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in decoder.state_dict().items()}
-    save_file(tensors, temporary / TENSORS, metadata={"format": "pt"})
-    special = {"bos": BOS, "eos": EOS, "pad": PAD}
-    token_ids = {f"{kind}_token_id": model.tokenizer.token_to_id(token) for kind, token in special.items()}
+    write_tensors(tensors, temporary / TENSORS)
+    names = {f"{kind}_token": name for kind, name in model.special._asdict().items()}
+    token_ids = {f"{key}_id": name and model.tokenizer.token_to_id(name) for key, name in names.items()}
     write_config(temporary, decoder, decoder.embedding.weight.dtype, token_ids, model.owners, model.anchor_hash)
-    PreTrainedTokenizerFast(
-        tokenizer_object=model.tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD
-    ).save_pretrained(temporary)
+    if model.tokenizer_config is None:
+        PreTrainedTokenizerFast(tokenizer_object=model.tokenizer, **names).save_pretrained(temporary)
+    else:
+        write_tokenizer_config(temporary, model.tokenizer_config)
     model.tokenizer.save(str(temporary / "tokenizer.json"))  # byte for byte the one that was trained
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
@@ -89,6 +95,11 @@ def write_config(folder: Path, decoder: Decoder, dtype: torch.dtype, token_ids: 
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def write_tokenizer_config(folder: Path, config: dict[str, Any]) -> None:
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (folder / tokenizers.CONFIG).write_text(text, encoding="utf-8")
+
+
 def load(folder: Path, device: torch.device | str = "cpu") -> ModelFolder:
     """Raises InputError naming the file or tensor that is missing or does not fit."""
     described, owners, anchor_hash = _described(folder)
@@ -104,7 +115,9 @@ def load(folder: Path, device: torch.device | str = "cpu") -> ModelFolder:
     decoder = Decoder(described.config, described.embedding.num_embeddings, described.slots)
     decoder = decoder.to(device)  # buffers are computed, not stored
     decoder.load_state_dict(tensors, assign=True)
-    return ModelFolder(decoder, load_tokenizer(folder / "tokenizer.json"), owners, anchor_hash)
+    tokenizer, config = tokenizers.load(folder / "tokenizer.json"), tokenizers.load_config(folder / "tokenizer.json")
+    others = config if tokenizers.special_of(config) != tokenizers.OWN else None
+    return ModelFolder(decoder, tokenizer, owners, anchor_hash, others)
 
 
 def _tensors(folder: Path, device: torch.device | str) -> dict[str, Tensor]:
@@ -122,6 +135,27 @@ def _tensors(folder: Path, device: torch.device | str) -> dict[str, Tensor]:
 def outline(folder: Path) -> Decoder:
     """The decoder on the meta device, without its weights. Raises InputError where the folder describes none."""
     return _described(folder)[0]
+
+
+def check(folder: Path) -> None:
+    """That text can be made ready for the model of this folder, and its weights are there. Raises InputError where they
+    are not, or its tokenizer is not one for it. Reads no weights."""
+    weight_files(folder)
+    rows = outline(folder).embedding.num_embeddings
+    tokenizer = tokenizers.load(folder / "tokenizer.json")
+    check_tokenizer(folder, tokenizer, rows)
+    try:
+        tokenizers.ends(tokenizer, tokenizers.special_of(tokenizers.load_config(folder / "tokenizer.json")))
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from error
+
+
+def check_tokenizer(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises InputError where the folder's tokenizer is none of a model with so large a vocabulary."""
+    if not tokenizers.fits(tokenizer, vocab_size):
+        raise InputError(f"{folder}/tokenizer.json has {tokenizer.get_vocab_size()} tokens up to number "
+                         f"{tokenizers.num_ids(tokenizer) - 1}: want that of this model, whose vocabulary has "
+                         f"{vocab_size}")
 
 
 def _described(folder: Path) -> tuple[Decoder, dict[str, int], str | None]:

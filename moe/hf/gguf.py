@@ -12,11 +12,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from safetensors.torch import save_file
-
 from moe.errors import InputError
-from moe.hf.importing import SHARD_BYTES, import_folder
-from moe.hf.source import TENSORS
+from moe.hf.importing import import_folder
+from moe.hf.source import TENSORS, write_tensors
+from moe.hf.writing import SHARD_BYTES
 
 PACKAGES = ("gguf", "accelerate")
 
@@ -55,4 +54,4 @@ def _dequantize(file: Path, folder: Path) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
-    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    write_tensors(tensors, folder / TENSORS)

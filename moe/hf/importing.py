@@ -9,38 +9,34 @@ memory are one shard of the output and what the tensor at hand is made of. Writt
 whole or absent. Weights keep their dtype, routers have at least float32.
 """
 
-import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from moe import manifest
 from moe.config import ModelConfig
-from moe.data.tokenizer import load as load_tokenizer
+from moe.data import tokenizer as tokenizers
 from moe.errors import InputError
 from moe.hashing import tensor_hash
 from moe.hf import folder as model_folder
 from moe.hf.families import FAMILIES, Family, Piece, joined, pieces, section_of
-from moe.hf.source import INDEX, TENSORS, Source
+from moe.hf.source import Source
+from moe.hf.writing import SHARD_BYTES, Writer, whole_or_absent
 from moe.model import Decoder
 
 MANIFEST = "import.json"
-SHARD_BYTES = 2 * 2**30
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INV_FREQ = re.compile(r".*rotary_emb\.inv_freq")
 NEXT_TOKENS = "layers that predict several tokens at once, which generation without drafts does not use"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-MOST_VACANT = 0.1  # share of the embedding's rows that a tokenizer may leave without a token
+TEMPLATE, NAMES = "chat_template.jinja", "special_tokens_map.json"
+TOKENIZER_FILES = ("tokenizer.json", NAMES, TEMPLATE)  # that are copied as they are
 
 
 def import_folder(source: Path, out: Path, shard_bytes: int = SHARD_BYTES,
@@ -49,7 +45,8 @@ def import_folder(source: Path, out: Path, shard_bytes: int = SHARD_BYTES,
     """Write the folder `out` and return its manifest, which has `origin` besides. `progress` is told how many tensors
     of all are written.
 
-    Raises InputError naming the file, key or tensor that is missing, left over or does not fit."""
+    Raises InputError naming the file, key or tensor that is missing, left over or does not fit, OSError where the
+    folder cannot be written."""
     if out.exists():
         raise InputError(f"{out} exists: want a folder that is not there yet")
     theirs = Source(source)
@@ -63,9 +60,11 @@ def import_folder(source: Path, out: Path, shard_bytes: int = SHARD_BYTES,
     dtype = _check(theirs, outline, plan)
     left_out = _left_out(theirs, plan, config, their_config)
     tokenizer = _tokenizer(source, vocab_size)
+    tokenizer_config = _tokenizer_config(source, tokenizer, their_config)
+    _check_head(theirs, config)
 
-    with _whole_or_absent(out) as partial:
-        writer = _Writer(partial, shard_bytes)
+    with whole_or_absent(out) as partial:
+        writer = Writer(partial, shard_bytes)
         sources: dict[str, Any] = {}
         made_of = {piece.target: piece for piece in plan}
         total = len(outline.state_dict())
@@ -76,9 +75,9 @@ def import_folder(source: Path, out: Path, shard_bytes: int = SHARD_BYTES,
             progress(done, total)
         for name, reason in left_out.items():
             sources[name] = _record(theirs, name, theirs.read(name)) | {"left_out": reason}
-        _same_head(config, sources)
         writer.finish()
         _describe(partial, outline, dtype, their_config, source)
+        model_folder.write_tokenizer_config(partial, tokenizer_config)
         written = {
             "schema": 1,
             "family": theirs.config["model_type"],
@@ -92,15 +91,16 @@ def import_folder(source: Path, out: Path, shard_bytes: int = SHARD_BYTES,
     return written
 
 
-def verify(folder: Path) -> int:
-    """Hold every tensor of an imported folder against its manifest; how many there are. Raises InputError naming the
-    first that is not what was imported."""
+def verify(folder: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> int:
+    """Hold every tensor of an imported folder against its manifest; how many there are. `progress` is told how many of
+    all are read. Raises InputError naming the first that is not what was imported."""
     try:
         wanted = manifest.read(folder / MANIFEST)["targets"]
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder} cannot be held against its {MANIFEST}: {error}") from error
     ours = Source(folder)
-    for name in sorted(wanted.keys() | ours.tensors.keys()):
+    for done, name in enumerate(sorted(wanted.keys() | ours.tensors.keys())):
+        progress(done, len(wanted))
         if name not in ours.tensors or name not in wanted:
             raise InputError(f"{folder}: tensor {name} is {'missing' if name in wanted else 'not in ' + MANIFEST}")
         if tensor_hash(ours.read(name)) != wanted[name]["sha256"]:
@@ -178,7 +178,7 @@ def _left_out(source: Source, plan: list[Piece], config: ModelConfig, their_conf
         if INV_FREQ.fullmatch(name):
             reasons[name] = "frequencies, which are computed"
         elif name == "lm_head.weight":
-            reasons[name] = "the embedding once more"  # held against it when both are read
+            reasons[name] = "the embedding once more"  # see _check_head
         elif any(name.startswith(f"model.layers.{number}.") for number in drafts):
             reasons[name] = NEXT_TOKENS
         else:
@@ -187,23 +187,36 @@ def _left_out(source: Source, plan: list[Piece], config: ModelConfig, their_conf
     return reasons
 
 
-def _same_head(config: ModelConfig, sources: dict[str, Any]) -> None:
-    head, embedding = sources.get("lm_head.weight"), sources["model.embed_tokens.weight"]
-    if config.tie_embeddings and head and head["sha256"] != embedding["sha256"]:
-        raise InputError("lm_head.weight differs from model.embed_tokens.weight: want them equal, or "
+def _check_head(source: Source, config: ModelConfig) -> None:
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if config.tie_embeddings and head in source.tensors and tensor_hash(source.read(head)) != tensor_hash(
+            source.read(embedding)):
+        raise InputError(f"{source.folder}: tensor {head} differs from {embedding}: want them equal, or "
                          "tie_word_embeddings false in config.json")
 
 
 def _tokenizer(source: Path, vocab_size: int) -> Tokenizer:
     if not (source / "tokenizer.json").is_file():
         raise InputError(f"{source} has no tokenizer.json: have AutoTokenizer load its tokenizer and save it there")
-    tokenizer = load_tokenizer(source / "tokenizer.json")
-    ids = tokenizer.get_vocab(with_added_tokens=True).values()
-    highest = max(ids, default=-1)
-    if highest >= vocab_size or len(ids) < (1 - MOST_VACANT) * vocab_size:
-        raise InputError(f"{source}/tokenizer.json has {len(ids)} tokens up to number {highest}: want that of this "
-                         f"model, whose vocabulary has {vocab_size}")
+    tokenizer = tokenizers.load(source / "tokenizer.json")
+    model_folder.check_tokenizer(source, tokenizer, vocab_size)
     return tokenizer
+
+
+def _tokenizer_config(source: Path, tokenizer: Tokenizer, their_config: Any) -> dict[str, Any]:
+    """Theirs, and in it what it leaves to other files: which tokens stand around a document, and the template of a
+    conversation. It goes wherever the tokenizer goes."""
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"} | (tokenizers.load_config(source / "tokenizer.json") or {})
+    names = tokenizers.load_config(source / "tokenizer.json", NAMES) or {}
+    tokens = {number: token.content for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    for kind in tokenizers.Special._fields:
+        number = getattr(their_config, f"{kind}_token_id", None)
+        of_model = tokens.get(number[0] if isinstance(number, list) else number)
+        name = tokenizers.name_of(kind, config) or tokenizers.name_of(kind, names) or of_model
+        config[f"{kind}_token"] = name
+    if (source / TEMPLATE).is_file():
+        config["chat_template"] = (source / TEMPLATE).read_text(encoding="utf-8")
+    return config
 
 
 # --- reading and writing
@@ -230,56 +243,9 @@ def _made(name: str, shape: torch.Size) -> Tensor:
     return torch.full(shape, 1 / shape[0]) if kind == "load" else torch.zeros(shape)
 
 
-class _Writer:
-    """Shards of about so many bytes, of whole tensors; with more than one an index of them."""
-
-    def __init__(self, folder: Path, shard_bytes: int):
-        self.folder, self.shard_bytes = folder, shard_bytes
-        self.targets: dict[str, Any] = {}
-        self._tensors: dict[str, Tensor] = {}
-        self._files: list[list[str]] = []  # the names in each
-
-    def put(self, name: str, tensor: Tensor, made_of: list[str]) -> None:
-        if self._tensors and sum(t.nbytes for t in self._tensors.values()) + tensor.nbytes > self.shard_bytes:
-            self._flush()
-        self._tensors[name] = tensor.contiguous()
-        self.targets[name] = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape),
-                              "sha256": tensor_hash(tensor), "sources": made_of}
-
-    def _flush(self) -> None:
-        save_file(self._tensors, self.folder / f"{len(self._files)}.partial", metadata={"format": "pt"})
-        self._files.append(list(self._tensors))
-        self._tensors = {}
-
-    def finish(self) -> None:
-        self._flush()
-        count = len(self._files)
-        files = [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)] if count > 1 else [TENSORS]
-        for number, file in enumerate(files):
-            os.replace(self.folder / f"{number}.partial", self.folder / file)
-        if count > 1:
-            total = sum((self.folder / file).stat().st_size for file in files)
-            where = {name: file for file, names in zip(files, self._files, strict=True) for name in names}
-            index = {"metadata": {"total_size": total}, "weight_map": where}
-            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
 def _describe(partial: Path, outline: Decoder, dtype: torch.dtype, their_config: Any, source: Path) -> None:
     special = {f"{kind}_token_id": getattr(their_config, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad")}
     model_folder.write_config(partial, outline, dtype, special)
     for file in TOKENIZER_FILES:
         if (source / file).is_file():
             shutil.copyfile(source / file, partial / file)
-
-
-@contextmanager
-def _whole_or_absent(out: Path) -> Iterator[Path]:
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    os.replace(partial, out)

@@ -4,18 +4,22 @@
     FOLDER/model.safetensors, or model.safetensors.index.json and the shards it names
 """
 
+import errno
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from moe.errors import InputError
 
 TENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as Rust says it
 
 
 class Stored(NamedTuple):
@@ -72,6 +76,26 @@ def _tensors(folder: Path) -> dict[str, Stored]:
     if absent := sorted(index.keys() - stored.keys()):
         raise InputError(f"{folder / index[absent[0]]}: tensor {absent[0]} is missing, which {INDEX} has there")
     return stored
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """All that a checkpoint's weights lie in, its index first if it has one. Raises InputError where one is missing."""
+    index = _index(folder)
+    if index is None:
+        return [folder / TENSORS]
+    shards = sorted(set(index.values()))
+    if absent := [file for file in shards if not (folder / file).is_file()]:
+        raise InputError(f"{folder / absent[0]} is missing, which {INDEX} names")
+    return [folder / INDEX, *(folder / file for file in shards)]
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Raises OSError where the disk is full or gone: safetensors has an error of its own for it."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        number = OS_ERROR.search(str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
 
 
 def _index(folder: Path) -> dict[str, str] | None:

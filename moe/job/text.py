@@ -6,20 +6,29 @@ import torch.distributed as dist
 from moe.data.shards import PackedDocuments
 from moe.errors import InputError
 from moe.run_folder import RunFolder
+from moe.train.together import together
+from moe.train.watchdog import Beat
 
 
-def open_split(run: RunFolder, domains: list[str], split: str, tokenizer_hash: str, device: torch.device
+def open_split(run: RunFolder, domains: list[str], split: str, tokenizer_hash: str, device: torch.device, beat: Beat
                ) -> dict[str, PackedDocuments]:
     """A split of each domain. Every rank must call it. Raises the same InputError on all where one finds a shard
     damaged."""
-    found, said = {}, ""
-    try:
+    rank, ranks, found, said = dist.get_rank(), dist.get_world_size(), {}, ""
+
+    def read() -> None:
         for domain in domains:
-            found[domain] = PackedDocuments(run.shards(domain, split), tokenizer_hash, dist.get_rank(),
-                                            dist.get_world_size())
+            try:
+                found[domain] = PackedDocuments(run.shards(domain, split), tokenizer_hash, rank, ranks)
+            except InputError as error:
+                done = run.stage(f"data-{domain}") / "DONE"
+                raise InputError(f"{error}; want it back, or delete {done}, and with --resume that text is prepared "
+                                 "again") from error
+
+    try:
+        together(read, device, beat, "text")
     except InputError as error:
-        done = run.stage(f"data-{domain}") / "DONE"
-        said = f"{error}; want it back, or delete {done}, and with --resume that text is prepared again"
+        said = str(error)
     if said := _first(said, device):
         raise InputError(said)
     return found

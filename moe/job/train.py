@@ -48,11 +48,10 @@ def train_job(
     """Train, measure, and write runs/NAME/model and the figures; False when it stopped before its end.
 
     Every rank of the job must call it. Where all updates are done already, it only measures and writes."""
-    tokens = tokenizer.load(run.tokenizer)
-    model = build(config, tokens.get_vocab_size(), device, beat).to(device)
-    beat("text")
-    texts = {split: open_split(run, list(config.domains), split, tokenizer.identity(tokens), device)
-             for split in ("train", "eval")}
+    tokens, settings = tokenizer.load(run.tokenizer), tokenizer.load_config(run.tokenizer)
+    known = tokenizer.identity(tokens, tokenizer.special_of(settings))
+    model = build(config, config.tokenizer.vocab_size, device, beat).to(device)
+    texts = {split: open_split(run, list(config.domains), split, known, device, beat) for split in ("train", "eval")}
     loader = Loader(
         Source(list(texts["train"].values()), config.model.context_length, config.run.seed),
         config.train.batch_size,
@@ -76,13 +75,15 @@ def train_job(
 
     if not train(_job(config, run, identity), model, loader, held_out, report, beat=beat, at_end=at_end):
         return False
-    together((lambda: save(config, run, tokens)) if dist.get_rank() == 0 else None, device, beat, "model")
+    together((lambda: save(config, run, tokens, settings)) if dist.get_rank() == 0 else None, device, beat, "model")
     dist.barrier()
     return True
 
 
 def build(config: JobConfig, vocab_size: int, device: torch.device, beat: Beat = no_watchdog) -> Decoder:
-    """The model before its first update, of which this rank has what the mesh gives it. Every rank must call it."""
+    """The model before its first update, of which this rank has what the mesh gives it. Every rank must call it.
+
+    `vocab_size` counts rows of the embedding: of an imported model they may be more than its tokenizer has tokens."""
     parallel = config.parallel
     nodes = workers_on_each_node(device)
     size = parallel.expert_size(nodes)
@@ -98,11 +99,12 @@ def build(config: JobConfig, vocab_size: int, device: torch.device, beat: Beat =
                    parallel.exchange_chunks)
 
 
-def save(config: JobConfig, run: RunFolder, tokens: Tokenizer) -> None:
+def save(config: JobConfig, run: RunFolder, tokens: Tokenizer, settings: dict[str, Any] | None) -> None:
     """Write the trained model, in the run's precision, out of the last checkpoint, where it is whole."""
     last = checkpoint.open_checkpoint(checkpoint.newest(run.stage(stages.TRAIN) / "checkpoints"))
     assert last.state.step == config.train.steps, f"{last.path} is not of the last update"
-    model_folder.save(run.model, model_of(last, config.model, tokens, getattr(torch, config.run.precision)))
+    precision = getattr(torch, config.run.precision)
+    model_folder.save(run.model, model_of(last, config.model, tokens, precision, settings))
 
 
 def read_figures(config: JobConfig, run: RunFolder) -> dict[str, Any]:

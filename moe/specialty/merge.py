@@ -1,6 +1,7 @@
 """Merging packs onto their anchor, and taking one away again. Nothing is trained, nothing is averaged."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ def merge(anchor: ModelFolder, packs: Sequence[Pack]) -> ModelFolder:
             bias[pack.slot] = pack.tensors[f"{layer}.bias"]
         tensors[f"{layer}.ffn.router.table"], tensors[f"{layer}.ffn.router.bias"] = table, bias
     merged.load_state_dict(tensors)
-    return ModelFolder(merged, anchor.tokenizer, {p.owner: p.slot for p in packs}, anchor_hash)
+    owners = {pack.owner: pack.slot for pack in packs}
+    return replace(anchor, decoder=merged, owners=owners, anchor_hash=anchor_hash)
 
 
 def opt_out(model: ModelFolder, owners: Iterable[str]) -> ModelFolder:
@@ -75,7 +77,7 @@ def opt_out(model: ModelFolder, owners: Iterable[str]) -> ModelFolder:
             tensor[gone] = 0
         tensors[name] = tensor
     smaller.load_state_dict(tensors)
-    return ModelFolder(smaller, model.tokenizer, stay, model.anchor_hash)
+    return replace(model, decoder=smaller, owners=stay)
 
 
 def certificate(before: ModelFolder, after: ModelFolder) -> dict[str, Any]:

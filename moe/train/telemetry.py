@@ -20,13 +20,13 @@ class Metrics:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in (read(path) if path.is_file() else []) if row["step"] <= resume_at]
         partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        partial.write_text("".join(map(_line, kept)), encoding="utf-8")
         os.replace(partial, path)
         self._file = path.open("a", encoding="utf-8")
         self._wandb = _wandb_run(path.parent, tracking, name) if tracking.wandb != "off" else None
 
     def log(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(sayable(row), allow_nan=False) + "\n")
+        self._file.write(_line(row))
         self._file.flush()
         if self._wandb:
             self._wandb.log(row, step=row["step"])
@@ -35,6 +35,10 @@ class Metrics:
         self._file.close()
         if self._wandb:
             self._wandb.finish()
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(sayable(row), allow_nan=False) + "\n"
 
 
 def sayable(value: Any) -> Any:

@@ -144,3 +144,32 @@ def test_a_job_cannot_need_more_workers_than_it_has(job, values):
     assert job().cluster.min_workers is None
     with pytest.raises(InputError, match="cluster.min_workers=3: want at most cluster.workers=2"):
         check(job().model_dump(mode="json") | {"cluster": {"workers": 2, "min_workers": 3}})
+
+
+# --- a run's folder
+
+
+def test_a_run_that_is_looked_at_leaves_nothing_behind_and_nobody_in_the_way(job, tmp_path):
+    """Of two in a place that is made by the first: whichever comes when, both are begun."""
+    for name in ("a", "b"):
+        run_start.check_folder(RunFolder(tmp_path / "place/runs" / name), job(), resume=False)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "taken").touch()
+    with pytest.raises(InputError, match="run folder .*taken/a cannot be written: Not a directory"):
+        run_start.check_folder(RunFolder(tmp_path / "taken/a"), job(), resume=False)
+
+
+def test_a_run_is_one_process_s_and_its_config_is_whole_at_any_moment(run, job, monkeypatch):
+    before = run.config.read_text()
+    inode = run.config.stat().st_ino
+    with run_start.describe(run, job()):
+        assert run.config.stat().st_ino == inode  # what is as it was is not written
+        with pytest.raises(InputError, match="is being run by another process"):
+            run_start.describe(run, job())
+    monkeypatch.setattr(run_start.os, "replace", lambda *_: 1 / 0)  # a kill
+    with pytest.raises(ZeroDivisionError):
+        run_start.describe(run, job(train__steps=9))
+    assert run.config.read_text() == before
+    monkeypatch.undo()
+    with run_start.describe(run, job(train__steps=9)):  # the lock has gone with who was killed
+        assert run.config.read_text() == dump(job(train__steps=9)) and "commit" in run.manifest.read_text()

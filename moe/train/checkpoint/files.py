@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
@@ -31,6 +32,7 @@ NAME = re.compile(r"step-(\d{8})")
 VERSIONS = ("torch", "deepspeed", "safetensors")
 ITEM_BYTES = 4  # float32
 PART_BYTES = 2**20  # hashed and written at a time
+RETRY_SECONDS = 1.0
 FLUSH_BYTES = 2**26  # written before the disk is waited for, so that on a slow one the writing is seen to move
 
 
@@ -111,10 +113,18 @@ class Checkpoint:
             for name in sorted(held):
                 if name not in present:
                     found.append(Damage(file, name, "is missing"))
-                elif tensor_hash(self.tensor(name)) != self._record(name)["sha256"]:
-                    found.append(Damage(file, name, "does not match its hash"))
+                elif problem := self._difference(file, name):
+                    found.append(Damage(file, name, problem))
                 progress(self.num_bytes(name))
         return found
+
+    def _difference(self, file: str, name: str) -> str | None:
+        """What is wrong with a tensor of a shard that is open."""
+        try:
+            same = tensor_hash(self._shards[file].get_tensor(name)) == self._record(name)["sha256"]
+        except SafetensorError as error:
+            return f"cannot be read: {error}"
+        return None if same else "does not match its hash"
 
     def _record(self, name: str) -> dict[str, Any]:
         if name not in self.manifest["tensors"]:
@@ -132,9 +142,9 @@ class Checkpoint:
             return None
         path, want = self.path / file, self.manifest["shards"][file]["bytes"]
         try:
-            if (got := path.stat().st_size) != want:
+            if (got := _twice(path.stat).st_size) != want:
                 return f"has {got} bytes: want {want}"
-            self._shards[file] = safe_open(path, framework="pt")
+            self._shards[file] = _twice(lambda: _open(path))
         except FileNotFoundError:
             return "is missing"
         except (OSError, SafetensorError) as error:
@@ -146,20 +156,37 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Its tensors are not verified. Raises DamagedCheckpoint where the manifest is missing, is of another schema, or is
-    not as it was written."""
+    """Its tensors are not verified. Raises DamagedCheckpoint where the manifest is missing or is not as it was written,
+    InputError where it is of another schema."""
     try:
-        manifest = manifests.read(path / MANIFEST)
+        manifest = _twice(lambda: manifests.read(path / MANIFEST))
     except FileNotFoundError as error:
         raise DamagedCheckpoint(f"checkpoint {path} is incomplete: {MANIFEST} is missing") from error
     except (OSError, ValueError) as error:
         raise DamagedCheckpoint(f"checkpoint {path} cannot be read: {error}") from error
     if manifest.get("schema") != SCHEMA:
-        raise DamagedCheckpoint(f"checkpoint {path} is of schema {manifest.get('schema')}: want {SCHEMA}; another "
-                                "version of this software wrote it, and only that can read it")
+        raise InputError(f"checkpoint {path} is of schema {manifest.get('schema')}: want {SCHEMA}; another version of "
+                         "this software wrote it, and only that can go on with it; want that one, or another run.name")
     if (named := NAME.fullmatch(path.name)) and int(named[1]) != manifest["step"]:
         raise DamagedCheckpoint(f"checkpoint {path} is misnamed: its {MANIFEST} is of step {manifest['step']}")
     return Checkpoint(path, manifest)
+
+
+def _open(path: Path) -> safe_open:
+    path.open("rb").close()  # whose errors are the system's own: the library calls all of them a missing file
+    return safe_open(path, framework="pt")
+
+
+def _twice(read: Callable[[], Any]) -> Any:
+    """What it gives, at the second try if not at the first: of a network's file system an error may pass (EIO, ESTALE),
+    and what is taken for damaged costs the run all updates since the checkpoint before."""
+    try:
+        return read()
+    except FileNotFoundError:
+        raise
+    except OSError:
+        time.sleep(RETRY_SECONDS)
+        return read()
 
 
 def step_folders(folder: Path) -> list[Path]:

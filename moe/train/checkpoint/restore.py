@@ -34,7 +34,7 @@ def restore(folder: Path, engine: "Engine", identity: str, beat: Beat = no_watch
 
     A damaged one is named in the log and the next older one is taken; once that is loaded the damaged ones are renamed
     (set_aside), and nothing is deleted. Raises DamagedCheckpoint, and renames none, where all of them are damaged,
-    InputError where one belongs to another job."""
+    InputError where one belongs to another job or another version of this software."""
     passed_over: dict[Path, str] = {}
     for name in _from_rank_0(engine, lambda: [path.name for path in step_folders(folder)]):
         try:
@@ -87,6 +87,8 @@ def _from_rank_0(engine: "Engine", read: Callable[[], Any]) -> Any:
             outcome = {"value": read()}
         except DamagedCheckpoint as error:
             outcome = {"damaged": str(error)}
+        except InputError as error:
+            outcome = {"wrong": str(error)}
         except OSError as error:
             outcome = {"wrong": f"checkpoints cannot be read: {error}"}
     outcome = values_of_all(outcome, engine)[0]

@@ -9,7 +9,7 @@ from moe.data import sources
 from moe.data import tokenizer as tokenizers
 from moe.data.prepare import prepare
 from moe.data.shards import PackedDocuments
-from moe.data.tokenizer import identity
+from moe.data.tokenizer import Special, identity
 from moe.errors import InputError
 from moe.run_folder import RunFolder
 
@@ -71,6 +71,29 @@ def test_the_first_domain_of_a_job_trains_the_tokenizer_and_nothing_is_set_apart
     texts = [row.text for row in sources.read(first, data[first], run.path, config.run.seed)["train"]]
     assert {found["tokenizer"] for found in outputs} == {identity(tokenizers.train(texts, 280))}
     assert not any("calibration_documents" in found for found in outputs)
+
+
+def test_a_job_that_begins_with_another_model_has_its_tokenizer(config, make_run, train, tokenizer, tmp_path):
+    """With the tokens that stand around a document there; a tokenizer of its own takes the place of both files."""
+    theirs, settings = tmp_path / "theirs", {"bos_token": "<s>", "eos_token": "</s>"}
+    theirs.mkdir()
+    named = tokenizer.to_str().replace("<|bos|>", "<s>").replace("<|eos|>", "</s>")
+    (theirs / "tokenizer.json").write_text(named)
+    (theirs / "tokenizer_config.json").write_text(json.dumps(settings))
+    values = config.model_dump(mode="json", include={"run", "tokenizer", "model"})
+    values["model"] |= {"mixture": {"num_experts": 2, "top_k": 1, "d_ff": values["model"]["d_ff"]}}
+    data = config.owners["billing"].data.model_dump(mode="json")
+    job = check(values | {"train": train, "domains": {"a": data, "b": data}, "upcycle": {"model": str(theirs)}})
+    run = make_run()
+    made = [prepare(job, run, name) for name in job.domains]
+    special = Special("<s>", "</s>", None)
+    known = {identity(tokenizers.load(run.tokenizer), special), *(outputs["tokenizer"] for outputs in made)}
+    assert len(known) == 1 and tokenizers.load_config(run.tokenizer) == settings
+    for name in job.domains:
+        opened = PackedDocuments(run.shards(name, "train"), *known)
+        assert (opened.tokens(0)[0], opened.tokens(0)[-1]) == (0, 1)
+    prepare(job.model_copy(update={"upcycle": None}), run, "a")
+    assert tokenizers.load_config(run.tokenizer) is None
 
 
 def test_again_gives_the_same_hash_and_other_text_another(config, make_run):

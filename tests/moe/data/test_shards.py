@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from moe.data import shards
 from moe.data.shards import PARTS, Document, PackedDocuments
-from moe.data.tokenizer import EOS, SPECIAL, encode, identity, train
+from moe.data.tokenizer import EOS, SPECIAL, Special, encode, identity, train
 from moe.errors import InputError
 
 
@@ -79,6 +79,15 @@ def test_small_vocabularies_take_two_bytes_a_token(packed, make_documents, tmp_p
     shards.write(tmp_path / "large", [Document("a", "w1 w69999")], large)
     tokens = PackedDocuments(tmp_path / "large").tokens(0)
     assert tokens.dtype == np.uint32 and tokens.tolist() == [0, 4, 70_002, 1]
+
+
+def test_it_is_the_highest_number_that_counts(tmp_path):
+    """Other families leave some out."""
+    gaps = Tokenizer(models.WordLevel({"w1": 1, "<s>": 2, "w2": 70_000}, unk_token="w1"))
+    gaps.pre_tokenizer = pre_tokenizers.Whitespace()
+    shards.write(tmp_path / "gaps", [Document("a", "w1 w2")], gaps, special=Special("<s>", "<s>", None))
+    opened = PackedDocuments(tmp_path / "gaps", identity(gaps, Special("<s>", "<s>", None)))
+    assert opened.tokens(0).tolist() == [2, 1, 70_000, 2]
 
 
 def truncate(path):

@@ -1,9 +1,23 @@
 """The tokenizer gives every text back, spells digits one by one, and is the same bytes for the same texts."""
 
 import pytest
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from moe.data import tokenizer as tokenizers
-from moe.data.tokenizer import SPECIAL, encode, identity, load, train
+from moe.data.tokenizer import (
+    OWN,
+    SPECIAL,
+    Special,
+    encode,
+    ends,
+    fits,
+    identity,
+    load,
+    load_config,
+    num_ids,
+    special_of,
+    train,
+)
 from moe.errors import InputError
 
 
@@ -55,6 +69,59 @@ def test_a_saved_tokenizer_is_the_same_one(tokenizer, tmp_path):
     assert identity(again) == identity(tokenizer)
     texts = ["the left lung", "10 mg"]
     assert encode(again, texts) == encode(tokenizer, texts)
+
+
+# --- tokenizers of other families
+
+
+def words(count, *special, first_special=None):
+    """A tokenizer of whole words, with special tokens behind them."""
+    made = Tokenizer(models.WordLevel({f"w{n}": n for n in range(count)} | dict(zip(
+        special, range(first_special or count, count + 99), strict=False)), unk_token="w0"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.add_special_tokens([AddedToken(name, special=True) for name in special])
+    return made
+
+
+END = "<|endoftext|>"
+
+
+@pytest.mark.parametrize("config, special, framed", [
+    pytest.param({"bos_token": "<s>", "eos_token": "</s>", "pad_token": None}, Special("<s>", "</s>", None),
+                 [10, 3, 4, 11], id="llama-2"),
+    pytest.param({"bos_token": END, "eos_token": END, "pad_token": END}, Special(END, END, END), [12, 3, 4, 12],
+                 id="smollm2"),
+    pytest.param({"bos_token": None, "eos_token": END, "pad_token": END}, Special(END, END, END), [12, 3, 4, 12],
+                 id="qwen3"),
+    pytest.param({"eos_token": {"content": "</s>", "lstrip": False}}, Special("</s>", "</s>", None), [11, 3, 4, 11],
+                 id="as-it-was-once-written"),
+])  # fmt: skip
+def test_a_document_stands_between_the_tokens_that_its_tokenizer_has_for_it(config, special, framed):
+    made = words(10, "<s>", "</s>", END)
+    assert special_of(config) == special
+    assert encode(made, ["w3 w4"], special) == [framed]
+    assert identity(made, special) != identity(made) and identity(made, OWN) == identity(made)
+
+
+def test_without_a_config_it_is_one_of_ours(tmp_path, tokenizer):
+    assert special_of(load_config(tmp_path / "tokenizer.json")) == OWN
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(InputError, match="tokenizer_config.json holds no object"):
+        load_config(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize("config", [{}, {"bos_token": "<s>"}, {"eos_token": "<|gone|>"}])
+def test_a_tokenizer_that_cannot_end_a_document_is_refused(config):
+    for use in (ends, lambda made, special: encode(made, ["w1"], special)):
+        with pytest.raises(InputError, match="no tokens to begin and to end a document with .* want at least eos"):
+            use(words(10, "<s>"), special_of(config))
+
+
+def test_an_embedding_may_have_rows_to_spare_but_not_of_ours(tokenizer):
+    gaps = words(95, "<s>", first_special=97)
+    assert (gaps.get_vocab_size(), num_ids(gaps)) == (96, 98)
+    assert [fits(gaps, rows) for rows in (96, 97, 98, 106, 107)] == [False, False, True, True, False]
+    assert [fits(tokenizer, rows) for rows in (279, 280, 281)] == [False, True, False]
 
 
 def test_too_little_text_is_refused(tokenizer):

@@ -1,6 +1,7 @@
 """Small random checkpoints of every family, written by transformers: nothing at its neutral value, so that whatever is
 left out shows."""
 
+import json
 import os
 from contextlib import contextmanager
 
@@ -82,6 +83,22 @@ def make_theirs():
         return made.eval().to(dtype)
 
     return model
+
+
+@pytest.fixture
+def foreign(tokenizer):
+    """A function: give a checkpoint a tokenizer as SmolLM2 has it, and say of it in this file what is given."""
+
+    def give(folder, **files):
+        names = {"<|bos|>": "<|endoftext|>", "<|eos|>": "<|im_start|>", "<|pad|>": "<|im_end|>"}
+        text = tokenizer.to_str()
+        for ours, theirs in names.items():
+            text = text.replace(ours, theirs)
+        (folder / "tokenizer.json").write_text(text)
+        for name, content in files.items():
+            (folder / f"{name}.json").write_text(json.dumps(content))
+
+    return give
 
 
 @pytest.fixture

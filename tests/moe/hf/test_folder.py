@@ -85,7 +85,7 @@ def test_a_save_that_fails_leaves_the_old_folder(make_model, tmp_path, monkeypat
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(model_folder, "save_file", full)
+    monkeypatch.setattr(model_folder, "write_tensors", full)
     with pytest.raises(OSError, match="No space left"):
         model_folder.save(tmp_path / "model", make_model("merged"))
     assert is_dense(model_folder.load(tmp_path / "model"))

@@ -5,10 +5,12 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import kernels
 from moe import manifest
+from moe.data.tokenizer import encode
 from moe.errors import InputError
 from moe.eval.generate import generate
 from moe.hashing import tensor_hash, tensor_hashes
@@ -126,9 +128,63 @@ def test_a_head_that_is_the_embedding_once_more(make_checkpoint):
     change(folder, **{"lm_head.weight": embedding})
     assert import_folder(folder, folder.with_name("ours"))["sources"]["lm_head.weight"]["left_out"]
     change(folder, **{"lm_head.weight": embedding + 1})
-    with pytest.raises(InputError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
-        import_folder(folder, folder.with_name("other"))
+    with pytest.raises(InputError, match=r"theirs: tensor lm_head\.weight differs from model\.embed_tokens\.weight"):
+        import_folder(folder, folder.with_name("other"), progress=lambda done, total: pytest.fail("it had begun"))
     assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")]
+
+
+# --- its tokenizer
+
+
+END, TEMPLATE = "<|endoftext|>", "{% for message in messages %}{{ message.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize("said, special", [
+    pytest.param({"tokenizer_config": {"bos_token": END, "eos_token": END, "pad_token": "<|im_end|>"}},
+                 (END, END, "<|im_end|>"), id="smollm2"),
+    pytest.param({"tokenizer_config": {"bos_token": None, "eos_token": {"content": "<|im_end|>"}}},
+                 (END, "<|im_end|>", "<|im_end|>"), id="names-of-the-model"),
+    pytest.param({"special_tokens_map": {"bos_token": {"content": "<|im_start|>"}, "eos_token": END}},
+                 ("<|im_start|>", END, "<|im_end|>"), id="names-in-a-map"),
+    pytest.param({}, (END, "<|im_start|>", "<|im_end|>"), id="numbers-of-the-model"),
+])  # fmt: skip
+def test_tokens_around_a_document_come_with_the_tokenizer(make_checkpoint, foreign, tmp_path, said, special):
+    from transformers import AutoTokenizer
+
+    folder, _ = make_checkpoint("llama-tied", torch.float32)
+    foreign(folder, **said)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    import_folder(folder, tmp_path / "ours")
+    model_folder.check(tmp_path / "ours")
+    model = model_folder.load(tmp_path / "ours")
+    assert model.special == special
+    ids = encode(model.tokenizer, ["a left lung"], model.special)[0]
+    assert model.tokenizer.decode(ids, skip_special_tokens=False) == f"{special[0]}a left lung{special[1]}"
+    model_folder.save(tmp_path / "again", model)
+    again = model_folder.load(tmp_path / "again")
+    assert again.special == special and again.identity() == model.identity()
+    for saved in ("ours", "again"):
+        theirs = AutoTokenizer.from_pretrained(tmp_path / saved)
+        assert (theirs.bos_token, theirs.eos_token, theirs.pad_token) == special
+        assert theirs.encode("a left lung") == ids[1:-1]
+        assert theirs.apply_chat_template([{"role": "user", "content": "dose?"}], tokenize=False) == "dose?"
+
+
+def test_a_tokenizer_that_ends_no_document_is_imported_but_no_text_is_made_ready_for_it(make_checkpoint, foreign):
+    folder, _ = make_checkpoint("llama", bos_token_id=None, eos_token_id=None)
+    foreign(folder, tokenizer_config={"bos_token": END})
+    import_folder(folder, folder.with_name("ours"))
+    with pytest.raises(InputError, match="ours: the tokenizer has no tokens to begin and to end a document with"):
+        model_folder.check(folder.with_name("ours"))
+
+
+def test_rows_to_spare_are_for_tokenizers_of_others_only(make_checkpoint, foreign):
+    folder, _ = make_checkpoint("llama", vocab_size=300)
+    with pytest.raises(InputError, match="280 tokens up to number 279"):
+        import_folder(folder, folder.with_name("ours"))
+    foreign(folder)
+    import_folder(folder, folder.with_name("ours"))
+    model_folder.check(folder.with_name("ours"))
 
 
 # --- what is refused
@@ -233,6 +289,18 @@ def test_what_ours_cannot_be_is_refused_by_name(make_checkpoint, family, changed
     rewrite(folder, **changed)
     with pytest.raises(InputError, match=said):
         import_folder(folder, folder.with_name("ours"))
+
+
+def test_a_full_disk_is_an_error_of_the_system_and_leaves_nothing(make_checkpoint, monkeypatch):
+    """The library has one of its own for it."""
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    folder, _ = make_checkpoint("llama")
+    monkeypatch.setattr("moe.hf.source.save_file", full)
+    with pytest.raises(OSError, match="No space left on device") as refused:
+        import_folder(folder, folder.with_name("ours"))
+    assert refused.value.errno == 28 and [path.name for path in folder.parent.iterdir()] == ["theirs"]
 
 
 def test_a_folder_that_is_no_checkpoint(make_checkpoint, tmp_path):

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from moe.config_file import load
+from moe.errors import InputError
 from moe.job.stages import figures, plans
 from moe.run_folder import RunFolder
 
@@ -82,6 +83,31 @@ def test_the_weights_and_the_tokenizer_of_the_model_that_is_upcycled_count(make_
         after = settings(path)
         assert [stage for stage in after if before[stage] != after[stage]] == changed
         (tmp_path / name).write_text("before")
+
+
+def test_weights_in_shards_and_tokens_around_a_document_count(make_job, tmp_path):
+    shards = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+    contents = {name: "before" for name in ("config.json", "tokenizer.json", *shards.values())}
+    contents["model.safetensors.index.json"] = json.dumps({"weight_map": shards})
+    contents["tokenizer_config.json"] = json.dumps({"eos_token": "</s>"})
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+    path = make_job(upcycle={"model": str(tmp_path)})
+    before = settings(path)
+    assert before == settings(path) and json.loads(json.dumps(before)) == before
+    for name, content, changed in (
+        ("model-2.safetensors", "after", TRAIN),
+        ("model.safetensors.index.json", json.dumps({"weight_map": shards | {"c": "model-1.safetensors"}}), TRAIN),
+        ("tokenizer_config.json", json.dumps({"eos_token": "<|end|>"}), ["data-first", *TRAIN]),
+        ("tokenizer_config.json", json.dumps({"eos_token": "</s>", "chat_template": "{{ x }}"}), []),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(content)
+        after = settings(path)
+        assert [stage for stage in after if before[stage] != after[stage]] == changed, name
+        (tmp_path / name).write_text(contents[name])
+    (tmp_path / "model-2.safetensors").unlink()
+    with pytest.raises(InputError, match=r"model-2\.safetensors is missing, which model\.safetensors\.index"):
+        settings(path)
 
 
 def test_settings_are_plain_values(make_job):

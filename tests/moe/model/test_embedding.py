@@ -29,6 +29,12 @@ def test_a_row_that_is_used_often_has_its_whole_gradient(dtype, most):
     torch.testing.assert_close(got_VD.double(), want_VD, rtol=most, atol=1e-6)
 
 
+def test_a_cpu_is_not_asked_for_determinism(monkeypatch):
+    """It has it; the question would import a compiler, for a second in every rank."""
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *_, **__: pytest.fail("asked"))
+    Embedding(5, 3)(torch.tensor([1, 1, 4])).sum().backward()
+
+
 def test_strided_and_unused():
     embedding = Embedding(5, 3)
     embedding(torch.tensor([1, 1, 4])).sum().backward()  # a gradient of stride 0

@@ -17,9 +17,11 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
+from moe import manifest as manifests
 from moe.train import together
-from moe.train.checkpoint import Saver, State, gather, restore, save
+from moe.train.checkpoint import Saver, State, files, gather, restore, save
 
 DESCRIPTION = {"model": "none"}
 FOLDER = Path(sys.argv[1])
@@ -205,6 +207,22 @@ def write_apart(engine: FakeEngine, folder: str) -> None:
     write(engine, f"{folder}-of-rank-{engine.rank}", 3)
 
 
+def unreadable(engine: FakeEngine, folder: str) -> int:
+    """On rank 1 the library gives no tensor of step 6."""
+    if engine.rank == 1:
+        opened = files._open
+
+        class Shard:
+            def __init__(self, path: Path):
+                self.keys = opened(path).keys
+
+            def get_tensor(self, name: str) -> None:
+                raise SafetensorError("no such dtype")
+
+        files._open = lambda path: Shard(path) if path.parent.name == "step-00000006" else opened(path)
+    return restore(FOLDER / folder, engine, "mine").step
+
+
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -212,7 +230,7 @@ def flip(path: Path) -> None:
 
 
 JOBS = {"write": write, "read": read, "killed": killed, "begin": begin,
-        "full": full, "waits": waits, "apart": apart, "write_apart": write_apart}
+        "full": full, "waits": waits, "apart": apart, "write_apart": write_apart, "unreadable": unreadable}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
@@ -226,6 +244,11 @@ if __name__ == "__main__":
     shutil.copytree(FOLDER / "by-4", FOLDER / "flipped")
     flip(FOLDER / "flipped/step-00000006/shard-00003-of-00004.safetensors")
     run(2, "read", "flipped")
+    shutil.copytree(FOLDER / "by-4", FOLDER / "unread")
+    run(2, "unreadable", "unread")
+    shutil.copytree(FOLDER / "by-2", FOLDER / "other-version")
+    manifests.write(FOLDER / "other-version/step-00000006/manifest.json", {"schema": 1})
+    run(2, "read", "other-version")
     flip(FOLDER / "by-2/step-00000003/shard-00000-of-00002.safetensors")
     (FOLDER / "by-2/step-00000006/shard-00001-of-00002.safetensors").unlink()
     run(2, "read", "by-2")

@@ -7,9 +7,11 @@ import shutil
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from moe import manifest as manifests
@@ -157,8 +159,6 @@ DAMAGES = [
                  id="manifest-missing"),
     pytest.param("manifest.json", lambda path: path.write_text("{}"), "manifest.json", id="manifest-emptied"),
     pytest.param("manifest.json", lambda path: path.write_text("[]"), "manifest.json", id="manifest-another-json"),
-    pytest.param("manifest.json", lambda path: manifests.write(path, {"schema": 1}), "is of schema 1: want 2",
-                 id="of-an-earlier-version"),
 ]  # fmt: skip
 
 
@@ -185,6 +185,44 @@ def test_every_bit_of_the_header_counts(folder, caplog):
         path.write_bytes(damaged)
         assert taken(folder) == (3, 12, 3.0), f"byte {place} of {size}"
         (folder / "step-00000006.damaged").rename(folder / "step-00000006")
+
+
+def test_one_of_another_version_is_neither_taken_nor_called_damaged(folder):
+    manifests.write(folder / "step-00000006/manifest.json", {"schema": 1})
+    with pytest.raises(InputError, match="step-00000006 is of schema 1: want 2") as refused:
+        restore(folder, Tensors(), "mine")
+    assert not isinstance(refused.value, DamagedCheckpoint) and "delete" not in str(refused.value)
+    assert names(folder) == ["step-00000003", "step-00000006"]
+
+
+@pytest.mark.parametrize("method, file", [("stat", SHARD), ("open", SHARD), ("read_text", "manifest.json")])
+@pytest.mark.parametrize("times, step", [(1, 6), (2, 3)], ids=["that-passes", "that-stays"])
+def test_an_error_of_the_storage(folder, monkeypatch, method, file, times, step):
+    """One that passes costs nothing; of one that stays nothing is known but that the file cannot be read."""
+    path, real = folder / "step-00000006" / file, getattr(Path, method)
+    left = [OSError(116, "Stale file handle")] * times
+
+    def fail(self, *arguments, **options):
+        if self == path and left:
+            raise left.pop()
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(files, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(Path, method, fail)
+    assert restore(folder, Tensors(), "mine").step == step and not left
+
+
+def test_a_tensor_that_the_library_cannot_give_is_damaged(folder, monkeypatch):
+    class Shard:
+        def keys(self):
+            return ["a.weight", "a.weight.exp_avg", "b"]
+
+        def get_tensor(self, name):
+            raise SafetensorError("no such dtype")
+
+    monkeypatch.setattr(files, "_open", lambda path: Shard())
+    problems = {str(damage) for damage in open_checkpoint(folder / "step-00000006").verify()}
+    assert len(problems) == 3 and f"tensor b in {SHARD} cannot be read: no such dtype" in problems
 
 
 @pytest.mark.parametrize("key, value", [("step", 7), ("position", 0)])

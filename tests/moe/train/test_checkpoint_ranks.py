@@ -68,6 +68,17 @@ def test_all_ranks_fall_back_where_one_finds_damage(folder):
     assert len(aside.verify()) == 1
 
 
+def test_all_ranks_fall_back_where_one_cannot_read_a_tensor(folder):
+    """Its error must not take it past what the others wait for."""
+    assert said(folder, "unreadable-unread-2") == [3, 3]
+    assert "cannot be read: no such dtype (seen by rank 1" in (folder / "stderr").read_text()
+
+
+def test_all_ranks_refuse_what_another_version_wrote(folder):
+    first, second = said(folder, "read-other-version-2")
+    assert first == second and first.startswith("InputError: ") and "is of schema 1: want 2" in first
+
+
 def test_all_ranks_refuse_where_nothing_is_whole(folder):
     first, second = said(folder, "read-by-2-2")
     assert first == second and first.startswith(f"DamagedCheckpoint: no checkpoint of {folder}/by-2 is whole")

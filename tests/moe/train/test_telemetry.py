@@ -1,5 +1,8 @@
 """metrics.jsonl: one row a step, rows that will be done again dropped, no half line in the way."""
 
+import json
+import math
+
 import pytest
 
 from moe.config import TrackingConfig
@@ -30,6 +33,18 @@ def test_rows_that_will_be_done_again_are_dropped(path, resume_at, kept):
     again.log({"step": 99})
     again.close()
     assert [row["step"] for row in read(path)] == [*range(1, kept + 1), 99]
+
+
+def test_what_is_no_number_is_null_after_a_restart_too(path):
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    for step in (6, 7):
+        again = metrics(path, resume_at=step)
+        again.log({"step": step, "gradient_norm": math.nan, "domains": {"a": math.inf}})
+        again.close()
+    rows = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+    assert rows[-2:] == [{"step": step, "gradient_norm": None, "domains": {"a": None}} for step in (6, 7)]
 
 
 def test_a_line_that_a_dying_process_left_half_written_is_no_row(path):
