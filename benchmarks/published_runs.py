@@ -69,7 +69,10 @@ class Run:
         return self.planned() / self.published - 1
 
     def _step(self) -> Step:
-        return step(self.shape, self.layout, self.cluster)
+        # Tensor parallelism takes up a node's links: the ranks that share gradients are so many fewer on each.
+        inside = self.cluster.gpus_per_node // self.tensor
+        spread = self.cluster.model_copy(update={"gpus_per_node": inside, "nodes": self.cluster.gpus // inside})
+        return step(self.shape, self.layout, spread)
 
 
 def read(path: Path = RESULTS) -> list[Run]:

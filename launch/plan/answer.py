@@ -6,9 +6,10 @@ Currency is that of the cluster's price.
 from dataclasses import asdict, replace
 from typing import Any
 
+from launch.plan.advice import less_memory, limit
 from launch.plan.cluster import Cluster
 from launch.plan.rates import EXPECT, FITTED, SUSTAINED, Device
-from launch.plan.sweep import Assumptions, Candidate, Stage, as_written, sweep
+from launch.plan.sweep import Assumptions, Candidate, Stage, as_written, obstacle, sweep
 
 SHOWN = 8  # of the sweep's candidates
 SKEWS, SLOWDOWNS = (0.0, 0.3, 0.6, 1.0), (0.02, 0.05)
@@ -47,7 +48,7 @@ def _stage(stage: Stage, cluster: Cluster, device: Device, assumptions: Assumpti
         "training_flops_per_token": shape.training_flops(context),
         "tokens": stage.steps * stage.train.batch_size * context,
         "as_written": written and candidate(written),
-        "workers_wanted": stage.layout.workers,
+        "obstacle": obstacle(stage, cluster),
         "num_fitting": len(best_first),
         "best": candidate(best),
         "cheapest": candidate(cheapest),
@@ -67,7 +68,7 @@ def _various(best_first: list[Candidate]) -> list[Candidate]:
 def candidate(c: Candidate) -> dict[str, Any]:
     step, layout = c.step, c.layout
     tokens = c.stage.steps * step.tokens
-    cost, (limit, change) = c.cost_per_billion_tokens, c.limit()
+    cost, (limited_by, change) = c.cost_per_billion_tokens, limit(c)
     return {
         "keys": c.keys(),
         "workers": layout.workers, "expert": layout.expert, "micro_batch": layout.micro_batch,
@@ -78,19 +79,8 @@ def candidate(c: Candidate) -> dict[str, Any]:
         "tokens_per_s": step.tokens_per_s, "tokens_per_day": 86400 * step.tokens_per_s, "mfu": step.mfu(c.device),
         "cost_per_billion_tokens": cost, "run_s": c.stage.steps * step.seconds,
         "run_cost": None if cost is None else cost * tokens / 1e9,
-        "limit": limit, "change": change if c.fits else _less_memory(c),
+        "limit": limited_by, "change": change if c.fits else less_memory(c),
     }
-
-
-def _less_memory(c: Candidate) -> str:
-    section, kind = c.stage.section, max(c.memory, key=c.memory.get)
-    if kind in ("activations", "work on one layer", "exchange") and c.layout.micro_batch > 1:
-        return f"it does not fit: a smaller {section}.micro_batch_size, or {section}.recompute_layers=true"
-    if kind in ("activations", "work on one layer", "exchange"):
-        return f"it does not fit: {section}.recompute_layers=true"
-    if c.stage.shape.num_experts:
-        return "it does not fit: a larger parallel.expert, or more workers"
-    return f"it does not fit: {section}.zero_stage=3, or more workers"
 
 
 def _what_if(best: Candidate) -> list[dict[str, Any]]:

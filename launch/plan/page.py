@@ -25,7 +25,7 @@ def _stage(stage: dict[str, Any], console: Console) -> None:
                   f"{_count(stage['tokens'])} tokens in all")
     written, best = stage["as_written"], stage["best"]
     if written is None:
-        _say(console, f"as written: wants {stage['workers_wanted']} workers, more than the cluster has")
+        _say(console, f"as written: {stage['obstacle']}")
     shown = {"as written": written, "best": best} if written else {"best": best}
     console.print(_memory(shown))
     console.print(_time(shown))

@@ -51,7 +51,8 @@ class Shape:
             dense_layers=len(set(mixture.dense_layers)) if mixture else config.num_layers, expert_parameters=spread,
             num_experts=mixture.num_experts if mixture else 0, top_k=mixture.top_k if mixture else 0,
             expert_d_ff=mixture.d_ff if mixture else 0, shared_d_ff=mixture.shared_d_ff if mixture else 0,
-            window=config.window, frozen_parameters=sum(p.numel() for p in parameters if not p.requires_grad))
+            window=config.window, lookup_parameters=0 if config.tie_embeddings else model.embedding.weight.numel(),
+            frozen_parameters=sum(p.numel() for p in parameters if not p.requires_grad))
 
     @property
     def parameters(self) -> int:
@@ -86,7 +87,9 @@ class Shape:
 
     def training_flops(self, context: int) -> float:
         """Of one token, counted as moe.train.flops counts, and attention's products."""
-        return 6 * self.active_parameters - 2 * self.frozen_parameters + 3 * self.attention_flops(context)
+        # What is looked up is in no product, so a pack, whose embedding is frozen, saves nothing there.
+        frozen = self.frozen_parameters - self.lookup_parameters if self.frozen_parameters else 0
+        return 6 * self.active_parameters - 2 * frozen + 3 * self.attention_flops(context)
 
 
 def of_job(config: JobConfig) -> Shape:

@@ -1,4 +1,4 @@
-"""Every mesh that a config could have on a cluster: which fit, which is fastest, what limits it.
+"""Every mesh that a config could have on a cluster: which fit, and which is fastest.
 
 A config's stages are planned one by one: the one training job, or the anchor and one owner's pack.
 """
@@ -11,7 +11,7 @@ from typing import Any
 from launch.plan import shape as shapes
 from launch.plan import skew
 from launch.plan.cluster import Cluster
-from launch.plan.layout import Layout
+from launch.plan.layout import Layout, setting
 from launch.plan.memory import memory
 from launch.plan.rates import Device
 from launch.plan.shape import Shape
@@ -45,10 +45,17 @@ class Stage:
     section: str  # whose keys batch, stage and recomputation are
     workers_key: str
     deepspeed: dict[str, Any]
+    min_workers: int | None = None
+    across_nodes: bool = False  # whether ranks that share one set of experts may sit on several nodes
 
     @property
     def steps(self) -> int:
         return self.train.steps
+
+    @property
+    def may_share_weights(self) -> bool:
+        """Whether ZeRO 3 is let pass: in a dense model's job only."""
+        return self.workers_key == "cluster.workers" and not self.shape.num_experts
 
 
 @dataclass(frozen=True)
@@ -98,38 +105,9 @@ class Candidate:
         if stage.shape.num_experts:
             found |= {"parallel.expert": layout.expert, "parallel.exchange_chunks": layout.chunks,
                       "parallel.across_nodes": layout.expert > self.cluster.gpus_per_node}
+        if stage.min_workers is not None and stage.min_workers > layout.workers:
+            found["cluster.min_workers"] = layout.workers
         return found
-
-    def limit(self) -> tuple[str, str]:
-        """What takes most time, and what to change about it."""
-        parts, layout = self.step.parts, self.layout
-        near = {"compute": sum(parts[k] for k in ("products", "experts", "attention", "between products")),
-                "recomputation": parts["computed again"], "launches by the host": parts["waiting for the host"],
-                "exchange of tokens": parts["exchange"],
-                "gradients on their way": parts["gradients"], "weights on their way": parts["weights"],
-                "optimizer": parts["optimizer"]}
-        name = max(near, key=near.get)
-        section = self.stage.section
-        advice = {
-            "compute": self._where_compute_goes(),
-            "recomputation": f"{section}.recompute_layers=false with a smaller micro_batch_size, if that fits",
-            "launches by the host": f"a larger {section}.micro_batch_size: the device waits for work",
-            "exchange of tokens": "a smaller parallel.expert, that fits into a node, or parallel.exchange_chunks=2",
-            "gradients on their way": (
-                f"{section}.zero_stage=1, which sends them once an update" if layout.zero_stage == 2
-                and layout.accumulation > 1 else f"a larger {section}.batch_size, so that updates are rarer, or "
-                "deepspeed.zero_optimization.overlap_comm=true"),
-            "weights on their way": f"a larger {section}.micro_batch_size, so that each gathering serves more tokens",
-            "optimizer": f"a larger {section}.batch_size, so that updates are rarer",
-        }
-        return f"{name} ({near[name] / self.step.seconds:.0%} of the time)", advice[name]
-
-    def _where_compute_goes(self) -> str:
-        parts = self.step.parts
-        kinds = {"products of matrices": parts["products"], "experts": parts["experts"],
-                 "attention": parts["attention"], "memory between products": parts["between products"]}
-        most = max(kinds, key=kinds.get)
-        return f"little in the mesh: most of it is {most}; more GPUs, or fewer tokens, make the run shorter"
 
 
 def stages(config: RunConfig, cluster: Cluster) -> list[Stage]:
@@ -137,14 +115,13 @@ def stages(config: RunConfig, cluster: Cluster) -> list[Stage]:
     if config.run.precision == "float32":
         raise InputError("run.precision='float32': want bfloat16 or auto for a plan, which knows the rates of bfloat16 "
                          "only")
-    zero = config.deepspeed.get("zero_optimization", {})
     for key in ("offload_optimizer", "offload_param"):
-        if zero.get(key, {}).get("device", "none") != "none":
+        if setting(config.deepspeed, key, "device") not in (None, "none"):
             raise InputError(f"deepspeed.zero_optimization.{key} is given: want it left out for a plan, which knows "
                              "nothing of the host's memory and links")
     if isinstance(config, JobConfig):
         return [Stage("training", shapes.of_job(config), Layout.of_job(config), config.train, "train",
-                      "cluster.workers", config.deepspeed)]
+                      "cluster.workers", config.deepspeed, config.cluster.min_workers, config.parallel.across_nodes)]
     context, found = config.model.context_length, []
     for name, make, train, section, key in (
         ("anchor", shapes.of_anchor, config.anchor, "anchor", "anchor_workers"),
@@ -157,10 +134,23 @@ def stages(config: RunConfig, cluster: Cluster) -> list[Stage]:
 
 
 def as_written(stage: Stage, cluster: Cluster, device: Device, assumptions: Assumptions) -> Candidate | None:
-    """None where the cluster has too few GPUs for it."""
-    if stage.layout.workers > cluster.gpus:
-        return None
-    return Candidate(stage, stage.layout, cluster, device, assumptions)
+    """None where the cluster has no place for it."""
+    return None if obstacle(stage, cluster) else Candidate(stage, stage.layout, cluster, device, assumptions)
+
+
+def obstacle(stage: Stage, cluster: Cluster) -> str:
+    """Why the cluster has no place for the workers as written, as `train` would find as well; empty where it has."""
+    workers, inside = stage.layout.workers, cluster.gpus_per_node
+    group = 1 if stage.across_nodes else stage.layout.expert
+    if workers > cluster.gpus:
+        return f"wants {workers} workers, more than the cluster has"
+    if group > inside:
+        return (f"parallel.expert={group} wants {group} workers on one node, which has {inside} GPUs; want at most so "
+                "many, or parallel.across_nodes=true")
+    if workers > (room := cluster.nodes * (inside // group * group)):
+        return (f"wants {workers} workers, but nodes of {inside} GPUs have room for {room} in groups of "
+                f"parallel.expert={group}")
+    return ""
 
 
 def sweep(stage: Stage, cluster: Cluster, device: Device, assumptions: Assumptions) -> list[Candidate]:
@@ -196,12 +186,12 @@ def _under_skew(candidate: Candidate) -> tuple[bool, float, float]:
 def layouts(stage: Stage, cluster: Cluster) -> Iterator[Layout]:
     """All that the config's checks would let pass."""
     shape, written = stage.shape, stage.layout
-    zero_stages = (1, 2, 3) if stage.workers_key == "cluster.workers" and not shape.num_experts else (1, 2)
+    zero_stages = (1, 2, 3) if stage.may_share_weights else (1, 2)
     for workers in _workers(stage, cluster):
         share = stage.train.batch_size // workers
         for micro_batch in (n for n in range(1, min(share, MOST_SEQUENCES) + 1)
                             if share % n == 0 and (n & (n - 1) == 0 or n == written.micro_batch)):
-            for expert in _expert_sizes(shape, workers, cluster):
+            for expert in expert_sizes(shape, workers, cluster):
                 for chunks in (1, 2, 4) if expert > 1 else (1,):
                     for zero_stage in zero_stages:
                         train = stage.train.model_copy(update={"zero_stage": zero_stage, "batch_size":
@@ -220,7 +210,7 @@ def _workers(stage: Stage, cluster: Cluster) -> list[int]:
     return sorted({*found, *([stage.layout.workers] if stage.layout.workers <= cluster.gpus else [])}, reverse=True)
 
 
-def _expert_sizes(shape: Shape, workers: int, cluster: Cluster) -> list[int]:
+def expert_sizes(shape: Shape, workers: int, cluster: Cluster) -> list[int]:
     """Within nodes any that divides a node's workers, beyond them whole nodes."""
     if not shape.num_experts:
         return [1]

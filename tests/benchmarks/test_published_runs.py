@@ -39,6 +39,13 @@ def test_the_constants_are_those_that_the_fit_gives(monkeypatch):
     assert published_runs.fit(RUNS) == pytest.approx({g: kept[g] for g in rates.FITTED}, abs=0.01)
 
 
+def test_ranks_that_share_gradients_lie_on_as_many_nodes_as_tensor_parallelism_leaves_them():
+    """With tensor 8 on nodes of 8 one on each: all of a reduce-scatter goes over a port between nodes."""
+    (run,) = [run for run in RUNS if run.tensor == 8]
+    bytes_sent = 4 * run.shape.parameters * (run.layout.workers - 1) / run.layout.workers
+    assert run._step().traffic.gradients_s == pytest.approx(bytes_sent / (rates.LINK * 50e9), rel=1e-3)
+
+
 def test_a_tied_embedding_is_counted_once():
     model = dict(d_model=8, num_layers=1, num_heads=1, num_kv_heads=1, head_size=8, d_ff=16, vocab_size=32)
     tied, untied = (shape_of({**model, "tied": tied}) for tied in (True, False))

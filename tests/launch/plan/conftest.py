@@ -13,13 +13,14 @@ MIXTURE = dict(num_experts=8, top_k=2, d_ff=128)
 def job():
     """A function: a job's config, with changes to its sections."""
 
-    def make(mixture=MIXTURE, parallel=None, workers=8, **train):
+    def make(mixture=MIXTURE, parallel=None, workers=8, model=None, cluster=None, deepspeed=None, **train):
         values = dict(steps=100, batch_size=64, micro_batch_size=2, learning_rate=1e-3, evaluate_every=10,
                       checkpoint_every=10)
         return check({
             "run": {"name": "planned", "seed": 1}, "tokenizer": {"vocab_size": 512},
-            "model": {**MODEL, "mixture": mixture}, "domains": {"noise": {"noise_documents": 10}},
-            "train": values | train, "parallel": parallel or {}, "cluster": {"workers": workers},
+            "model": {**MODEL, "mixture": mixture, **(model or {})}, "domains": {"noise": {"noise_documents": 10}},
+            "train": values | train, "parallel": parallel or {}, "cluster": {"workers": workers, **(cluster or {})},
+            "deepspeed": deepspeed or {},
         })
 
     return make

@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 import yaml
 from typer.testing import CliRunner
 
+from benchmarks import bench_attention, bench_experts, harness
 from launch.plan import cluster as clusters
 from launch.plan.command import plan
 from moe.errors import InputError
@@ -78,9 +80,31 @@ def test_what_is_no_cluster(tmp_path, content, said):
         clusters.load(path)
 
 
-def line(**changes):
-    return {"op": "attention", "pass": "forward", "dtype": "bfloat16", "provider": "kernels (triton)", "void": False,
-            "percent_of_p": 60.0, "device": "NVIDIA H100 80GB HBM3"} | changes
+def test_experts_over_more_gpus_than_a_node_has_are_said_as_such(run, tmp_path):
+    values = yaml.safe_load(Path(NODE).read_text()) | {"nodes": 2, "gpus_per_node": 4, "network": {"gb_per_s": 50}}
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(values))
+    said = run(CONFIG, "--cluster", tmp_path / "cluster.yaml").output
+    assert "as written: parallel.expert=8 wants 8 workers on one node, which has 4 GPUs; want" in said
+    assert "more than the cluster has" not in said
+    across = run(CONFIG, "parallel.across_nodes=true", "--cluster", tmp_path / "cluster.yaml").output
+    assert "as written: limited by" in across
+
+
+def line(mode="causal", **changes):
+    """Of bench_attention's results."""
+    shape = dict(B=8, L=2048, H=16, G=4, C=128, U=128)
+    return result(bench_attention.point_of(shape, torch.bfloat16, "cuda", mode), **{"pass": "forward"} | changes)
+
+
+def experts(load="even", T=32768, **changes):
+    shape = dict(T=T, D=4096, F=2048, E=64, K=4)
+    return result(bench_experts.point_of(shape, torch.bfloat16, "cuda", load), **{"pass": "both"} | changes)
+
+
+def result(point, **changes):
+    return {"op": point.op, "shape": point.shape, "dtype": harness.name_of(point.dtype), "load": point.load,
+            "launch": "eager", "provider": "kernels (triton)", "void": False, "percent_of_p": 60.0,
+            "device": "NVIDIA H100 80GB HBM3"} | changes
 
 
 def write(path, *lines):
@@ -89,15 +113,18 @@ def write(path, *lines):
 
 
 def test_measured_rates_take_the_place_of_published_ones(run, tmp_path):
-    results = write(tmp_path / "attention.jsonl", line(), line(percent_of_p=80.0), line(percent_of_p=1.0, void=True),
-                    line(percent_of_p=1.0, provider="SDPA"), line(percent_of_p=1.0, device="NVIDIA A100-SXM4-80GB"),
-                    line(op="experts", **{"pass": "both"}, percent_of_p=50.0))
+    no = dict(percent_of_p=1.0)
+    results = write(tmp_path / "attention.jsonl", line(), line(percent_of_p=80.0), line(**no, void=True),
+                    line(**no, provider="SDPA"), line(**no, device="NVIDIA A100-SXM4-80GB"), line("packed", **no),
+                    line("window", **no), line(**no, launch="graph"), {"op": "attention: causal", "reason": "no room"},
+                    experts(percent_of_p=50.0), experts(T=1024, **no), experts("zipf", **no), experts("hot", **no))
     found = json.loads(run(CONFIG, "--cluster", NODE, "--measured", results, "--json").output)["rates"]
     assert found["attention_forward"] == pytest.approx(0.7 * 0.803) and found["grouped"] == pytest.approx(0.5)
     assert found["source"].startswith("measured on our kernels: attention_forward, grouped")
 
 
-def test_results_without_the_device_are_refused(run, tmp_path):
-    results = write(tmp_path / "attention.jsonl", line(device="NVIDIA A100"))
+@pytest.mark.parametrize("of", ["NVIDIA A100", "NVIDIA GH100"])
+def test_results_without_the_device_are_refused(run, tmp_path, of):
+    results = write(tmp_path / "attention.jsonl", line(device=of))
     refused = run(CONFIG, "--cluster", NODE, "--measured", results)
     assert isinstance(refused.exception, InputError) and "no line is of" in str(refused.exception)

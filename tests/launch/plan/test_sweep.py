@@ -1,15 +1,19 @@
 """The sweep recommends what fits, what the config's own checks let pass, and refuses with a sentence what cannot be."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launch.plan import sweep as sweeps
+from launch.plan.advice import less_memory, limit
 from launch.plan.answer import answer
 from launch.plan.cluster import Link
-from launch.plan.sweep import Assumptions, as_written, stages, sweep
+from launch.plan.sweep import Assumptions, as_written, obstacle, stages, sweep
 from moe.config_file import check, load
 from moe.errors import InputError
+from moe.train import engine_settings
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 PLAIN = Assumptions()
@@ -30,18 +34,135 @@ def test_the_best_fits_and_is_as_fast_as_any(job, cluster):
 
 @pytest.mark.parametrize("nodes, batch_size", [(2, 64), (3, 48)])
 def test_each_layout_is_one_that_the_config_may_have(job, cluster, nodes, batch_size):
-    config = job(dict(num_experts=16, top_k=2, d_ff=128), batch_size=batch_size, micro_batch_size=1)
+    config = job(dict(num_experts=16, top_k=2, d_ff=128), batch_size=batch_size, micro_batch_size=1,
+                 workers=8 * nodes, cluster={"min_workers": 8 * nodes})
     found = swept(config, cluster(nodes=nodes))
     assert {candidate.layout.workers for candidate in found} >= {8, 8 * nodes}
     for candidate in found:
-        changed = config.model_dump(mode="json")
-        for key, value in candidate.keys().items():
-            section, name = key.split(".")
-            changed[section][name] = value
-        written = check(changed)
+        written = changed(config, candidate.keys())
         assert candidate.layout.accumulation == written.train.gradient_accumulation(candidate.layout.workers)
         held = [8] * (candidate.layout.workers // 8)
         assert written.parallel.expert_size(held) == candidate.layout.expert
+
+
+def changed(config, keys):
+    """The config with such keys, as a command line would set them."""
+    values = config.model_dump(mode="json")
+    for key, value in keys.items():
+        *path, last = key.split(".")
+        section = values
+        for name in path:
+            section = section.setdefault(name, {})
+        section[last] = value
+    written = check(values)
+    engine_settings.check(written)
+    return written
+
+
+def advised(config, text):
+    """What a piece of advice says to set, of each alternative; words such as "a smaller" are one step of it."""
+    found = []
+    for part in text.split(", or "):
+        keys = {key: {"true": True, "false": False}.get(value) if not value.isdigit() else int(value)
+                for key, value in re.findall(r"([\w.]+)=(\w+)", part)}
+        for size, key in re.findall(r"a (smaller|larger) ([\w.]+\.[\w.]+\w)", part):
+            now = config.model_dump(mode="json")
+            for name in key.split("."):
+                now = now[name]
+            keys[key] = now * 2 if size == "larger" else now // 2
+            if "micro_batch_size and batch_size" in part:
+                keys[key.replace("micro_batch_size", "batch_size")] = 2 * config.train.batch_size
+        found.append(keys)
+    return found
+
+
+DENSE = dict(mixture=None, batch_size=64, micro_batch_size=2)
+WIDE = dict(d_model=2048, num_layers=24, num_heads=16, num_kv_heads=16, d_ff=8192, context_length=1024)
+SLOW_LINKS = dict(nodes=2, network=Link(gb_per_s=1.5))
+SLOW_EXCHANGE = dict(node_link=Link(gb_per_s=0.5))
+SMALL_BUCKET = {"zero_optimization": {"reduce_bucket_size": 1000}}
+OVERLAP = {"zero_optimization": {"overlap_comm": True}}
+
+
+@pytest.mark.parametrize("keys, where, said, unsaid", [
+    (DENSE | dict(zero_stage=1, model=WIDE), dict(memory_gb=10.0), "train.zero_stage=3", None),
+    (DENSE | dict(zero_stage=3, model=WIDE, micro_batch_size=1, recompute_layers=True, deepspeed=SMALL_BUCKET),
+     dict(memory_gb=5.0), "a cluster with more GPUs", "zero_stage"),
+    (DENSE | dict(model=dict(context_length=1024)), dict(memory_gb=2.0), "reduce_bucket_size=50000000", None),
+    (DENSE | dict(batch_size=8, micro_batch_size=1, recompute_layers=True, deepspeed=SMALL_BUCKET,
+                  model=dict(context_length=262144, d_ff=4096)), dict(memory_gb=2.0),
+     "a smaller model.context_length", "recompute"),
+    (DENSE | dict(deepspeed=SMALL_BUCKET, model=dict(context_length=32768)), dict(memory_gb=2.0),
+     "train.recompute_layers=true", None),
+    (dict(mixture=dict(num_experts=64, top_k=2, d_ff=1024), parallel={"expert": 2}, deepspeed=SMALL_BUCKET),
+     dict(memory_gb=1.5), "parallel.expert=4", "zero_stage=3"),
+    (dict(parallel={"expert": 8, "exchange_chunks": 2}, micro_batch_size=8, batch_size=1024), SLOW_EXCHANGE,
+     "parallel.exchange_chunks=4", None),
+    (dict(parallel={"expert": 8, "exchange_chunks": 4}, micro_batch_size=8, batch_size=1024), SLOW_EXCHANGE,
+     "a smaller parallel.expert", "exchange_chunks"),
+    (DENSE | dict(workers=16, micro_batch_size=4, model=WIDE), SLOW_LINKS, "overlap_comm=true", None),
+    (DENSE | dict(workers=16, micro_batch_size=4, model=WIDE, deepspeed=OVERLAP), SLOW_LINKS,
+     "a larger train.batch_size", "overlap_comm"),
+    (DENSE | dict(workers=16, micro_batch_size=1, zero_stage=2, model=WIDE), SLOW_LINKS, "train.zero_stage=1", None),
+    (DENSE | dict(workers=16, micro_batch_size=1, zero_stage=3, model=WIDE), SLOW_LINKS,
+     "a larger train.micro_batch_size", "batch_size and batch_size"),
+    (DENSE | dict(workers=16, micro_batch_size=4, zero_stage=3, model=WIDE), SLOW_LINKS,
+     "a larger train.micro_batch_size and batch_size", None),
+])
+def test_advice_is_possible_and_not_done_already(job, cluster, keys, where, said, unsaid):
+    config, target = job(**keys), cluster(**where)
+    (stage,) = stages(config, target)
+    written = as_written(stage, target, target.kind, PLAIN)
+    text = limit(written)[1] if written.fits else less_memory(written)
+    assert said in text and not (unsaid and unsaid in text), text
+    alternatives = advised(config, text)
+    assert any(alternatives) or "GPUs" in text
+    for one in filter(None, alternatives):
+        assert changed(config, one) != config
+
+
+def test_weights_are_gathered_once_an_update_but_in_zero_3(job, cluster):
+    target = cluster(**SLOW_LINKS)
+    for zero_stage, said in ((1, "a larger train.batch_size"), (3, "a larger train.micro_batch_size")):
+        keys = DENSE | dict(workers=16, micro_batch_size=1, zero_stage=zero_stage, model=WIDE)
+        (stage,) = stages(job(**keys), target)
+        candidate = as_written(stage, target, target.kind, PLAIN)
+        parts = {kind: 0.0 for kind in candidate.step.parts} | {"weights": 1.0}
+        candidate.__dict__["step"] = replace(candidate.step, parts=parts)  # as if nothing else took time
+        assert limit(candidate) == ("weights on their way (100% of the time)", limit(candidate)[1])
+        assert said in limit(candidate)[1]
+
+
+def test_a_specialty_stage_that_does_not_fit_is_not_told_of_zero_3(cluster):
+    small = cluster(memory_gb=1.6)
+    for stage in stages(load(CONFIGS / "quickstart.yaml"), small):
+        assert "zero_stage=3" not in less_memory(as_written(stage, small, small.kind, PLAIN))
+
+
+@pytest.mark.parametrize("zero", [None, {"offload_optimizer": None}, {"overlap_comm": None, "offload_param": None}])
+def test_null_in_the_deepspeed_section_is_nothing(job, cluster, zero):
+    (stage,) = stages(job(deepspeed={"zero_optimization": zero}), cluster())
+    assert stage.layout == stages(job(), cluster())[0].layout
+
+
+@pytest.mark.parametrize("bucket", ["much", 0, True])
+def test_a_bucket_that_is_none_is_refused(job, cluster, bucket):
+    with pytest.raises(InputError, match=f"reduce_bucket_size={bucket!r}: want a number of elements"):
+        stages(job(deepspeed={"zero_optimization": {"reduce_bucket_size": bucket}}), cluster())
+
+
+@pytest.mark.parametrize("gpus, keys, said", [
+    (4, dict(parallel={"expert": 8}), "parallel.expert=8 wants 8 workers on one node, which has 4 GPUs"),
+    (4, dict(parallel={"expert": 8, "across_nodes": True}), ""),
+    (6, dict(parallel={"expert": 4}, workers=12, batch_size=48), "nodes of 6 GPUs have room for 8 in groups of"),
+    (6, dict(parallel={"expert": 2}, workers=12, batch_size=48), ""),
+    (3, dict(parallel={"expert": 2}), "wants 8 workers, more than the cluster has"),
+])
+def test_what_the_cluster_has_no_place_for_is_not_planned(job, cluster, gpus, keys, said):
+    target = cluster(nodes=2, gpus_per_node=gpus)
+    (stage,) = stages(job(**keys), target)
+    assert said in obstacle(stage, target)
+    assert (as_written(stage, target, target.kind, PLAIN) is None) == bool(said)
 
 
 def test_a_dense_model_may_share_its_weights(job, cluster):
