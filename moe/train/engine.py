@@ -5,7 +5,7 @@ moments and buffers in pieces of logical tensors, so that a checkpoint does not 
 
 In bfloat16 each micro-batch's gradients are of that type, and their sums over micro-batches and ranks are float32. That
 takes 4 bytes a parameter of each rank in ZeRO 1 (a micro-batch's own gradients go one by one, as they are added), 4
-bytes shared among the ranks in ZeRO 2 and 3, and 4 bytes instead of 2 on the way between ranks and in the buckets for it.
+bytes shared among the ranks in ZeRO 2 and 3, and 4 bytes instead of 2 on the way between ranks and in the buckets.
 
 Experts that are spread over ranks (moe.parallel) have optimizer groups of their own: their gradients are averaged over
 the ranks that hold the same ones, and divided by the number of all ranks, as all others are.
