@@ -37,17 +37,17 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")
 
 @app.command()
 def verify(path: Where, as_json: AsJson = False) -> None:
-    """Read every checkpoint under PATH, or the model that `polyclinic import` has written there, and compare each
-    tensor with its hash.
+    """Read every checkpoint under PATH, or the model that `polyclinic import` or `export` has written there, and
+    compare each tensor with its hash.
 
     Exit status: 0 where all are whole, 1 where one is damaged, 2 where there is none.
 
     Examples: polyclinic checkpoint verify runs/quickstart; polyclinic checkpoint verify models/smollm2
     """
-    from moe.hf.importing import MANIFEST
+    from moe.hf import account
 
-    imported = (path / MANIFEST).is_file()
-    rows = [_verify_imported(path)] if imported else [_verify(folder) for folder in find(path)]
+    model = account.find(path) is not None
+    rows = [_verify_model(path)] if model else [_verify(folder) for folder in find(path)]
     damaged = [row for row in rows if not row["whole"]]
     if as_json:
         print(json.dumps({"whole": not damaged, "checkpoints": rows}, indent=1))
@@ -57,8 +57,8 @@ def verify(path: Where, as_json: AsJson = False) -> None:
                                        "DAMAGED"))  # fmt: skip
             for damage in row["damages"]:
                 _say(f"  {damage['problem']}")
-    if damaged and imported:
-        raise RunFailed(f"{path} is not as it was imported; import it again")
+    if damaged and model:
+        raise RunFailed(f"{path} is not as it was written; import or export it again")
     if damaged:
         raise RunFailed(f"{len(damaged)} of {len(rows)} checkpoints cannot be used; a run goes on from the newest of "
                         "the others")
@@ -76,8 +76,8 @@ def _verify(folder: Path) -> dict[str, Any]:
     return _row(folder, damages, len(checkpoint.names), _num_bytes(checkpoint))
 
 
-def _verify_imported(folder: Path) -> dict[str, Any]:
-    from moe.hf.importing import verify
+def _verify_model(folder: Path) -> dict[str, Any]:
+    from moe.hf.account import verify
     from moe.hf.source import weight_files
 
     try:

@@ -20,8 +20,9 @@ def import_model(
 
     Example: polyclinic import downloads/SmolLM2-135M models/smollm2
     """
+    from moe.hf.account import IMPORTED
     from moe.hf.gguf import import_gguf
-    from moe.hf.importing import MANIFEST, import_folder
+    from moe.hf.importing import import_folder
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
@@ -37,6 +38,6 @@ def import_model(
     left_out = [name for name, tensor in account["sources"].items() if "left_out" in tensor]
     Console().print(
         f"{out}: {len(account['targets'])} tensors out of {len(account['sources'])} of {account['family']}; left out: "
-        f"{', '.join(left_out) or 'none'}; each with its hash in {MANIFEST}",
+        f"{', '.join(left_out) or 'none'}; each with its hash in {IMPORTED}",
         soft_wrap=True, highlight=False, markup=False,
     )  # fmt: skip

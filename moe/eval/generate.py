@@ -3,17 +3,27 @@
 B sequences, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import kernels
+from kernels import Route
 from moe.model import Decoder
 
 
-@torch.no_grad()
+class Step(NamedTuple):
+    """One more token of every sequence."""
+
+    token_B: Tensor
+    # Of each mixture layer, bottom up: the experts of what was read before it was chosen. In the first step these are
+    # all of the prompts' tokens, end to end; then the token of the step before.
+    routes: tuple[Route, ...]
+
+
 def generate(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, eos: int | None = None,
              temperature: float = 0.0, top_p: float = 1.0, generator: torch.Generator | None = None) -> list[list[int]]:
     """What follows each prompt: up to and with the first `eos`, at most `max_new_tokens` tokens.
@@ -22,25 +32,34 @@ def generate(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: i
     number. Others draw by `generator` from softmax(logits / temperature), cut down to
     the likeliest tokens that make up `top_p` of it. With the torch backend the last bits of a sequence's logits may
     depend on what else is in the batch."""
-    _check(prompts, max_new_tokens, temperature, top_p)
     if not prompts:
         return []
+    done_B = torch.zeros(len(prompts), dtype=torch.bool, device=model.embedding.weight.device)
+    tokens: list[Tensor] = []
+    for step in steps(model, prompts, max_new_tokens, temperature=temperature, top_p=top_p, generator=generator):
+        tokens.append(step.token_B)
+        if eos is not None and (done_B := done_B | (step.token_B == eos)).all():
+            break
+    return [_until(eos, row) for row in torch.stack(tokens, dim=1).tolist()]
+
+
+@torch.no_grad()
+def steps(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, temperature: float = 0.0,
+          top_p: float = 1.0, generator: torch.Generator | None = None) -> Iterator[Step]:
+    """The same one token at a time, for so many, whatever is said. Whoever takes no more of them ends it."""
+    _check(prompts, max_new_tokens, temperature, top_p)
     device = model.embedding.weight.device
     lengths = [len(prompt) for prompt in prompts]
     documents = kernels.documents([0, *accumulate(lengths)], device)
     token_T = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-    hidden_BD, cache = model.prefill(token_T, documents, max(lengths) + max_new_tokens)
-    steps: list[Tensor] = []
-    done_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    while True:
-        logits_BV = hidden_BD @ model.head_weight.T
-        steps.append(choose(logits_BV.float(), temperature, top_p, generator))
-        if eos is not None:
-            done_B |= steps[-1] == eos
-        if len(steps) == max_new_tokens or (eos is not None and done_B.all()):
-            break
-        hidden_BD = model.decode(steps[-1], cache)
-    return [_until(eos, row) for row in torch.stack(steps, dim=1).tolist()]
+    output, cache = model.prefill(token_T, documents, max(lengths) + max_new_tokens)
+    hidden_BD = output.hidden_TD[documents.cu_seqlens[1:].long() - 1]
+    for left in range(max_new_tokens, 0, -1):
+        token_B = choose((hidden_BD @ model.head_weight.T).float(), temperature, top_p, generator)
+        yield Step(token_B, output.routes)
+        if left > 1:
+            output = model.decode(token_B, cache)
+            hidden_BD = output.hidden_TD
 
 
 def choose(logits_BV: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:

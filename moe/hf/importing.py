@@ -26,12 +26,12 @@ from moe.data import tokenizer as tokenizers
 from moe.errors import InputError
 from moe.hashing import tensor_hash
 from moe.hf import folder as model_folder
+from moe.hf.account import IMPORTED, Account
 from moe.hf.families import FAMILIES, Family, Piece, joined, pieces, section_of
 from moe.hf.source import Source
 from moe.hf.writing import SHARD_BYTES, Writer, whole_or_absent
 from moe.model import Decoder
 
-MANIFEST = "import.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INV_FREQ = re.compile(r".*rotary_emb\.inv_freq")
 NEXT_TOKENS = "layers that predict several tokens at once, which generation without drafts does not use"
@@ -62,6 +62,7 @@ def import_folder(source: Path, out: Path, shard_bytes: int = SHARD_BYTES,
     tokenizer = _tokenizer(source, vocab_size)
     tokenizer_config = _tokenizer_config(source, tokenizer, their_config)
     _check_head(theirs, config)
+    exported = Account(source)
 
     with whole_or_absent(out) as partial:
         writer = Writer(partial, shard_bytes)
@@ -70,7 +71,7 @@ def import_folder(source: Path, out: Path, shard_bytes: int = SHARD_BYTES,
         total = len(outline.state_dict())
         for done, (name, wanted) in enumerate(outline.state_dict().items(), start=1):
             piece = made_of.get(name)
-            tensor = _made(name, wanted.shape) if piece is None else _read(theirs, piece, sources)
+            tensor = _made(name, wanted.shape) if piece is None else _read(theirs, piece, sources, exported)
             writer.put(name, tensor, [] if piece is None else piece.names)
             progress(done, total)
         for name, reason in left_out.items():
@@ -87,25 +88,8 @@ def import_folder(source: Path, out: Path, shard_bytes: int = SHARD_BYTES,
             "targets": writer.targets,
             **(origin or {}),
         }
-        manifest.write(partial / MANIFEST, written)
+        manifest.write(partial / IMPORTED, written)
     return written
-
-
-def verify(folder: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> int:
-    """Hold every tensor of an imported folder against its manifest; how many there are. `progress` is told how many of
-    all are read. Raises InputError naming the first that is not what was imported."""
-    try:
-        wanted = manifest.read(folder / MANIFEST)["targets"]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder} cannot be held against its {MANIFEST}: {error}") from error
-    ours = Source(folder)
-    for done, name in enumerate(sorted(wanted.keys() | ours.tensors.keys())):
-        progress(done, len(wanted))
-        if name not in ours.tensors or name not in wanted:
-            raise InputError(f"{folder}: tensor {name} is {'missing' if name in wanted else 'not in ' + MANIFEST}")
-        if tensor_hash(ours.read(name)) != wanted[name]["sha256"]:
-            raise InputError(f"{folder}: tensor {name} is not what was imported: its hash differs from {MANIFEST}")
-    return len(wanted)
 
 
 # --- before anything is read
@@ -222,11 +206,12 @@ def _tokenizer_config(source: Path, tokenizer: Tokenizer, their_config: Any) -> 
 # --- reading and writing
 
 
-def _read(source: Source, piece: Piece, sources: dict[str, Any]) -> Tensor:
+def _read(source: Source, piece: Piece, sources: dict[str, Any], exported: Account) -> Tensor:
     """The piece's target; what it was made of is noted."""
     tensors = []
     for name in piece.names:
         tensors.append(source.read(name))
+        exported.check(name, tensors[-1])
         sources[name] = _record(source, name, tensors[-1]) | {"to": piece.target}
     tensor = joined(piece, tensors)
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if _of_router(piece.target) else tensor

@@ -153,22 +153,24 @@ class Decoder(nn.Module):
         return self
 
     @torch.no_grad()
-    def prefill(self, token_T: Tensor, documents: Documents, room: int) -> tuple[Tensor, KVCache]:
-        """Read prompts: the hidden states of their last tokens, and a cache where each can grow to `room` tokens."""
+    def prefill(self, token_T: Tensor, documents: Documents, room: int) -> tuple[Output, KVCache]:
+        """Read prompts: the hidden states and routes of all their tokens, and a cache where each can grow to `room`
+        tokens."""
         cache = KVCache(self.config, len(documents.boundaries) - 1, room, self.embedding.weight.dtype, token_T.device)
         cache.begin(documents)
-        hidden_TD = self._cached(token_T, documents, cache)
-        return hidden_TD[documents.cu_seqlens[1:].long() - 1], cache
+        return self._cached(token_T, documents, cache), cache
 
     @torch.no_grad()
-    def decode(self, token_B: Tensor, cache: KVCache) -> Tensor:
-        """Hidden states [B, D] of one more token of each sequence in the cache, which it goes into."""
+    def decode(self, token_B: Tensor, cache: KVCache) -> Output:
+        """Of one more token of each sequence in the cache, which it goes into: hidden states [B, D], and routes."""
         cache.advance()
         return self._cached(token_B, None, cache)
 
-    def _cached(self, token_T: Tensor, documents: Documents | None, cache: KVCache) -> Tensor:
+    def _cached(self, token_T: Tensor, documents: Documents | None, cache: KVCache) -> Output:
         context = Context(documents, *self._rope_table(cache.position_T), cache=cache)
-        x_TD = self.embedding(token_T)
+        x_TD, routes = self.embedding(token_T), []
         for layer in self.layers:
-            x_TD, _ = layer(x_TD, context)
-        return self.norm(x_TD)
+            x_TD, route = layer(x_TD, context)
+            if route is not None:
+                routes.append(route)
+        return Output(self.norm(x_TD), tuple(routes))

@@ -80,5 +80,5 @@ def test_what_was_imported_is_verified_as_checkpoints_are(imported):
     save_file({"a": torch.ones(2, 3), "b": torch.ones(4)}, imported / "model.safetensors")
     end = CliRunner().invoke(app, ["checkpoint", "verify", str(imported), "--json"])
     (row,) = json.loads(end.stdout)["checkpoints"]
-    assert isinstance(end.exception, RunFailed) and "import it again" in str(end.exception)
-    assert not row["whole"] and "tensor b is not what was imported" in row["damages"][0]["problem"]
+    assert isinstance(end.exception, RunFailed) and "import or export it again" in str(end.exception)
+    assert not row["whole"] and "tensor b is not what was written" in row["damages"][0]["problem"]

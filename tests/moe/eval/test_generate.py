@@ -55,25 +55,26 @@ def test_equals_a_full_forward_for_each_token(slots, sizes, implementation, make
     model, steps = make_decoder(slots, **sizes), 2 if implementation == "triton" else 12
     sequences = [list(prompt) for prompt in PROMPTS]
     documents = kernels.documents([0, *accumulate(map(len, PROMPTS))])
-    hidden_BD, cache = model.prefill(torch.tensor(sum(PROMPTS, [])), documents, room=20 + steps)
+    output, cache = model.prefill(torch.tensor(sum(PROMPTS, [])), documents, room=20 + steps)
+    hidden_BD = output.hidden_TD[documents.cu_seqlens[1:].long() - 1]
     for _ in range(steps):
         want = last_logits(model, sequences)
         torch.testing.assert_close(hidden_BD @ model.head_weight.T, want, rtol=1e-4, atol=1e-4)
         token_B = want.argmax(dim=-1)
         for sequence, token in zip(sequences, token_B.tolist(), strict=True):
             sequence.append(token)
-        hidden_BD = model.decode(token_B, cache) if cache.longest < cache.room else hidden_BD
+        hidden_BD = model.decode(token_B, cache).hidden_TD if cache.longest < cache.room else hidden_BD
     assert generate(model, PROMPTS, steps) == [s[len(p):] for s, p in zip(sequences, PROMPTS, strict=True)]
 
 
 @torch.no_grad()
 def test_in_bfloat16(make_decoder):
     model = make_decoder((0, 3), torch.bfloat16)
-    hidden_BD, cache = model.prefill(torch.tensor([5, 6, 7, 8, 9]), kernels.documents([0, 5]), room=30)
+    _, cache = model.prefill(torch.tensor([5, 6, 7, 8, 9]), kernels.documents([0, 5]), room=30)
     sequence = [5, 6, 7, 8, 9]
     for token in range(40, 60):
         sequence.append(token)
-        hidden_BD = model.decode(torch.tensor([token]), cache)
+        hidden_BD = model.decode(torch.tensor([token]), cache).hidden_TD
     got, want = hidden_BD @ model.head_weight.T, last_logits(model, [sequence])
     torch.testing.assert_close(got, want, rtol=0.1, atol=0.15)
 

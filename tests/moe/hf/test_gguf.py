@@ -7,7 +7,7 @@ import pytest
 
 from moe.errors import InputError
 from moe.hf import gguf
-from moe.hf.importing import verify
+from moe.hf.account import verify
 
 
 @pytest.fixture

@@ -1,0 +1,49 @@
+"""`polyclinic export`: a model folder of ours becomes one that transformers reads. Needs no cluster and no GPU."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from launch.graph import RunFailed
+
+
+def export_model(
+    folder: Annotated[Path, typer.Argument(help="A model's folder, such as runs/quickstart/model.")],
+    out: Annotated[Path, typer.Argument(help="What transformers will read; must not exist.")],
+    family: Annotated[str, typer.Option(
+        "--as", help="auto: the plain family that expresses the model exactly, else our own architecture; or one of "
+        "llama, mixtral, qwen3, qwen3_moe, olmo2, olmoe, flex_olmo, glm4_moe, polyclinic.")] = "auto",
+    precision: Annotated[str | None, typer.Option(
+        help="Of the weights: float32, bfloat16, float16, float64; as they are where it is left out.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print export.json, for scripts.")] = False,
+) -> None:
+    """Write FOLDER for transformers, with an account of every tensor in export.json and a card in README.md.
+
+    Example: polyclinic export runs/quickstart/model exported --precision bfloat16
+    """
+    from moe.hf.account import EXPORTED
+    from moe.hf.exporting import export_folder
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    try:
+        with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+            task = shown.add_task(f"{folder.name}: tensors", total=None)
+            account = export_folder(
+                folder, out, family, precision,
+                progress=lambda done, total: shown.update(task, completed=done, total=total),
+            )  # fmt: skip
+    except OSError as error:
+        raise RunFailed(f"{out} cannot be written: {error.strerror or error}; nothing of it is left") from error
+    if as_json:
+        print(json.dumps(account, indent=1))
+        return
+    left_out = sum("left_out" in tensor for tensor in account["sources"].values())
+    Console().print(
+        f"{out}: {len(account['targets'])} tensors of {account['family']} out of {len(account['sources'])} of ours, "
+        f"of which {left_out} are left out; each with its hash in {EXPORTED}",
+        soft_wrap=True, highlight=False, markup=False,
+    )  # fmt: skip
