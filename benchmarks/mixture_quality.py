@@ -6,8 +6,9 @@ A small mixture under each method of `balance.method`, and its dense twin of equ
 All learn the text of all the run's domains from scratch in float32: the same batches in the same order, for as many
 updates. Of each: bits per byte of held-out text; the largest violation of any layer (moe.train.routing) over the last
 updates, their mean, and on held-out text; the most idle experts of a layer. One JSON line for each model goes to
-benchmarks/results/mixture_quality.jsonl, the plot beside it to mixture_quality.png: above the losses, below the
-violation, update by update. It is one seed: differences of some thousandths of a bit mean nothing.
+benchmarks/results/mixture_quality.jsonl, the plot beside it to mixture_quality.png: above by how much the loss differs
+from the dense twin's on the same batches, below the violation, update by update. It is one seed: differences of some
+thousandths of a bit mean nothing.
 """
 
 import argparse
@@ -52,7 +53,7 @@ BATCH_SIZE, MICRO_BATCH_SIZE = 8, 4  # sequences: two micro-batches, so that a b
 LEARNING_RATE, WARMUP_STEPS, FINAL_SHARE, WEIGHT_DECAY, CLIP = 2e-3, 30, 0.1, 0.1, 1.0
 LAST = 50  # updates over which the end of a run is averaged
 HELD_OUT_TOKENS = 16384  # of each domain
-SMOOTH = 10  # updates over which the plot averages
+SMOOTH, SMOOTH_MORE = 10, 50  # updates over which the plot averages violations, and differences between losses
 
 
 def main() -> None:
@@ -169,12 +170,11 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
         for row, color in zip(rows, ("black", "tab:gray", "tab:blue", "tab:green", "tab:red", "tab:orange"),
                               strict=True):
             label = "dense, equal flops" if row["model"] == DENSE else f"mixture, {row['model']}"
-            above.plot(*smooth(row["losses"]), color=color, lw=1.2, label=f"{label}: {row['bpb']:.3f}")
+            difference = [loss - dense for loss, dense in zip(row["losses"], rows[0]["losses"], strict=True)]
+            above.plot(*smooth(difference, SMOOTH_MORE), color=color, lw=1.2, label=f"{label}: {row['bpb']:.3f}")
             if row["model"] != DENSE:
-                below.plot(*smooth(row["violations"]), color=color, lw=1.2, label=row["model"])
-        low = min(min(smooth(row["losses"])[1]) for row in rows)
-        above.set_ylim(0.95 * low, 2 * low)
-        above.set_ylabel("training loss, nats per token")
+                below.plot(*smooth(row["violations"], SMOOTH), color=color, lw=1.2, label=row["model"])
+        above.set_ylabel("training loss minus the dense twin's,\nnats per token")
         below.set_ylabel("largest violation of a layer")
         below.set_xlabel("update")
         above.legend(title="held-out bits per byte")
@@ -182,9 +182,9 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def smooth(values: list[float]) -> tuple[range, list[float]]:
-    """The mean of every SMOOTH values, at the last of them."""
-    size = min(SMOOTH, len(values))
+def smooth(values: list[float], most: int) -> tuple[range, list[float]]:
+    """The mean of every so many values, at the last of them."""
+    size = min(most, len(values))
     means = torch.tensor(values).unfold(0, size, 1).mean(dim=1).tolist()
     return range(size, len(values) + 1), means
 
