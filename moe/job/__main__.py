@@ -9,7 +9,8 @@ what ends them is said on each node; where all were ended by their watchdogs, it
 Exit status of the ranks: 0 done, 1 a failure, 2 a wrong input, 75 stopped at a checkpoint because the machine is going
 away (SIGTERM): to be run again with --resume. torchrun makes 1 of all of them but 0; a script finds `finished`,
 `failed`, `refused` or `preempted` in the last line of the training stage's events.jsonl (moe.job.ending), where this
-start has written one: what is refused before there is a run writes nothing.
+start has written one: what is refused before the run's folder is its own, as with --resume where another process runs
+it, writes nothing. `preempted` may also be the work of a rank that was killed before the training: count how often.
 
     touch begin
     torchrun ... || find runs/NAME/stages/train/events.jsonl -newer begin -exec tail -n 1 {} +
@@ -18,6 +19,7 @@ start has written one: what is refused before there is a run writes nothing.
 import argparse
 import contextlib
 import os
+import shutil
 import signal
 import sys
 import time
@@ -32,14 +34,14 @@ from moe.config_file import load
 from moe.data.prepare import prepare
 from moe.errors import InputError
 from moe.job import stages
-from moe.job.ending import PEER_SECONDS, Ending, Failed, Stopped, hung, told
+from moe.job.ending import PEER_SECONDS, RANKS, Ending, Failed, Stopped, hung, told
 from moe.job.stages import TRAIN, Plan
 from moe.manifest import value_hash
 from moe.run_folder import RunFolder
 from moe.train import preemption
 
 if TYPE_CHECKING:
-    from moe.job.meeting import Meeting  # which loads torch: a typo is answered before
+    from moe.job.meeting import Meeting
 
 SECONDS_BETWEEN_LINES = 5.0
 FAILED, WRONG_INPUT = 1, 2
@@ -50,8 +52,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_intermixed_args(arguments)
     # Until there is something to save, a process that is told to go goes.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(preemption.EXIT_STATUS))
+    meeting = None
     try:
-        run_ranks(options.config, options.overrides, options.resume)
+        config = _checked(options.config, options.overrides)
+        from moe.job.meeting import Meeting  # torch takes seconds to import: what is wrong is said before
+
+        meeting = Meeting()
+        run_ranks(config, options.resume, meeting)
     except (InputError, Failed) as error:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         wrong_input, first = isinstance(error, InputError), os.environ.get("LOCAL_RANK", "0") == "0"
@@ -59,9 +66,10 @@ def main(arguments: list[str] | None = None) -> int:
         if first:
             _say(sentence)
         if wrong_input and int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:  # nodes
-            from moe.job.meeting import refuse
+            from moe.job.meeting import HEARD_SECONDS, Meeting
 
-            refuse(str(error))
+            with contextlib.suppress(Failed):  # then there is nobody to be told
+                (meeting or Meeting(HEARD_SECONDS)).refuse(str(error))
         if not first:
             time.sleep(PEER_SECONDS)
             _say(sentence)
@@ -73,28 +81,42 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run_ranks(path: Path, overrides: list[str], resume: bool) -> None:
+def run_ranks(config: JobConfig, resume: bool, meeting: "Meeting") -> None:
     """Raises InputError for what is wrong with the input, Failed for what needs no more than a sentence, Stopped where
     SIGTERM has come."""
+    import torch
+
+    run = RunFolder(config.run.path)
+    with Ending(run.stage(TRAIN), meeting) as ending:
+        if meeting.rank == 0:
+            run_start.check_folder(run, config, resume or meeting.begun())
+        config = run_start.resolve(config, torch.cuda.is_available())
+        meeting.agree(value_hash(config.with_absolute_paths().model_dump(mode="json")))
+        lock = None
+        if meeting.rank == 0:
+            lock = run_start.describe(run, config)
+            ending.ours = True
+            meeting.begin()
+        outputs: dict[str, dict[str, Any]] = {}
+        seconds: dict[str, float] = {}
+        *data, last = stages.plans(config, run)
+        for plan in data:
+            _prepare(config, run, plan, outputs, seconds, meeting)
+        _train(config, run, last, outputs, seconds, meeting, ending)
+        if lock:
+            _finish(config, run, outputs, seconds, lock)
+
+
+def _checked(path: Path, overrides: list[str]) -> JobConfig:
+    """Raises InputError for what can be known to be wrong before the ranks meet."""
     config = load(path, overrides)
     if not isinstance(config, JobConfig):
         raise InputError(f"{path} describes a specialty run: want one training job; `polyclinic train` runs both")
     if missing := [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR") if name not in os.environ]:
         raise InputError(f"{missing[0]} is not set: want this to be started by torchrun, which sets it")
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    run = RunFolder(config.run.path)
-    with Ending(run.stage(TRAIN), world_size) if rank == 0 else contextlib.nullcontext() as ending:
-        if ending:
-            ending.ours = resume and run.config.exists()
-        _check_size(config, world_size)
-        run_start.check(config)
-        from moe.job.meeting import Meeting  # torch takes seconds to import: what is wrong is said before
-
-        meeting = Meeting()
-        if ending:
-            ending.ours = (resume or meeting.begun()) and run.config.exists()
-            run_start.check_folder(run, config, resume or ending.ours)
-        _run(config, run, meeting, ending)
+    _check_size(config, int(os.environ["WORLD_SIZE"]))
+    run_start.check(config)
+    return config
 
 
 def _check_size(config: JobConfig, ranks: int) -> None:
@@ -109,44 +131,23 @@ def _check_size(config: JobConfig, ranks: int) -> None:
                      "them, --nnodes times --nproc-per-node")
 
 
-def _run(config: JobConfig, run: RunFolder, meeting: "Meeting", ending: Ending | None) -> None:
-    """`ending` is rank 0's."""
-    import torch
-
-    config = run_start.resolve(config, torch.cuda.is_available())
-    meeting.agree(value_hash(config.with_absolute_paths().model_dump(mode="json")))
-    lock = None
-    if ending:
-        meeting.begin()
-        lock = run_start.describe(run, config)
-        ending.ours = True
-    outputs: dict[str, dict[str, Any]] = {}
-    seconds: dict[str, float] = {}
-    *data, last = stages.plans(config, run)
-    for plan in data:
-        inputs = _inputs(plan, outputs)
-        if ending:
-            with meeting.working():
-                _prepare(config, run, plan, inputs, outputs, seconds)
-        else:
-            done = partial(_kept, run, plan, inputs, outputs, {})
-            meeting.wait(done, config.cluster.hang_seconds)
-    _train(config, run, last, outputs, seconds, meeting, ending)
-    if lock:
-        _finish(config, run, outputs, seconds, lock)
-
-
-def _prepare(config: JobConfig, run: RunFolder, plan: Plan, inputs: str, outputs: dict, seconds: dict) -> None:
-    if not _kept(run, plan, inputs, outputs, seconds):
-        _say(f"{plan.name}: preparing text")
-        outputs[plan.name] = stage_folder.run(
-            run.stage(plan.name), inputs, lambda: prepare(config, run, plan.domain),
-            lambda spent: seconds.update({plan.name: spent}),
-        )  # fmt: skip
+def _prepare(config: JobConfig, run: RunFolder, plan: Plan, outputs: dict, seconds: dict, meeting: "Meeting") -> None:
+    """Rank 0 does it, the others wait."""
+    inputs = _inputs(plan, outputs)
+    if meeting.rank > 0:
+        meeting.wait(partial(_kept, run, plan, inputs, outputs, {}), config.cluster.hang_seconds)
+        return
+    with meeting.working():
+        if not _kept(run, plan, inputs, outputs, seconds):
+            _say(f"{plan.name}: preparing text")
+            outputs[plan.name] = stage_folder.run(
+                run.stage(plan.name), inputs, lambda: prepare(config, run, plan.domain),
+                lambda spent: seconds.update({plan.name: spent}),
+            )  # fmt: skip
 
 
 def _train(config: JobConfig, run: RunFolder, plan: Plan, outputs: dict, seconds: dict, meeting: "Meeting",
-           ending: Ending | None) -> None:
+           ending: Ending) -> None:
     inputs = _inputs(plan, outputs)
     if _kept(run, plan, inputs, outputs, seconds):
         return
@@ -160,8 +161,10 @@ def _train(config: JobConfig, run: RunFolder, plan: Plan, outputs: dict, seconds
 
     backend.force(config.run.backend)
     folder, rank, world_size = run.stage(TRAIN), meeting.rank, meeting.world_size
-    if rank == 0 and (story := hung(folder / "ranks")):
+    if rank == 0 and (story := hung(folder / RANKS)):
         _say(f"the last time {story}")
+        shutil.rmtree(folder / f"{RANKS}-hung", ignore_errors=True)
+        os.replace(folder / RANKS, folder / f"{RANKS}-hung")  # what ends the ranks from now on is another story
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -174,11 +177,11 @@ def _train(config: JobConfig, run: RunFolder, plan: Plan, outputs: dict, seconds
     preemption.watch()
 
     def work() -> dict[str, Any]:
-        if ending:
+        if rank == 0:
             ending.write("started")
         with told(folder):
             dist.barrier()  # nobody reads the folder before rank 0 has made sure that it is this job's
-            with Watchdog(folder / "ranks", rank, world_size, config.cluster.hang_seconds) as watchdog:
+            with Watchdog(folder / RANKS, rank, world_size, config.cluster.hang_seconds) as watchdog:
                 finished = train_job(config, run, inputs, device, Lines(config.train.steps), watchdog.beat)
             dist.barrier()
         dist.destroy_process_group()
@@ -186,7 +189,7 @@ def _train(config: JobConfig, run: RunFolder, plan: Plan, outputs: dict, seconds
             raise Stopped
         return read_figures(config, run)
 
-    if ending:
+    if rank == 0:
         outputs[TRAIN] = stage_folder.run(folder, inputs, work, lambda spent: seconds.update({TRAIN: spent}))
     else:
         work()

@@ -5,28 +5,38 @@ what became of it, in the lines that a run on Ray has there too: {"time", "event
 (updates of the newest checkpoint), "reason"}. After `started`, when all text is ready, there is one of
 
     finished     all is done
-    preempted    told to go (SIGTERM), stopped: to be run again with --resume
+    preempted    told to go (SIGTERM), stopped: to be run again with --resume. A rank that is killed before the training
+                 looks the same, because torchrun tells the others to go: who obeys counts how often
     refused      a wrong input, which `reason` names
     failed       anything else; a rank 0 that is killed writes nothing after `started`
+
+Of several ranks that end it is the first whose end is written: the others end because of it.
 """
 
 import contextlib
 import errno
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe.errors import InputError
 
-EVENTS = "events.jsonl"
+if TYPE_CHECKING:
+    from moe.job.meeting import Meeting
+
+EVENTS, RANKS = "events.jsonl", "ranks"  # in the training stage's folder
 PEER_SECONDS = 10.0  # for which a rank keeps quiet: within it torchrun ends it if another of its node has said the same
 FULL = (errno.ENOSPC, errno.EDQUOT)
-# What torch and gloo say on a rank that has lost another one: that one's end is the story.
+# What torch, gloo and NCCL say on a rank that has lost another one: that one's end is the story.
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "recv failed",
-             "connectFullMesh failed", "NCCL")  # fmt: skip
+             "connectFullMesh failed", "remote process exited", "closed by remote peer", "collective operation timeout",
+             "application crash on rank")  # fmt: skip
+NCCL_REASON = re.compile(r"Last error:\s*(\S.*)")  # on a line of its own, the last; "socketX: ..." where a peer is gone
 
 
 class Failed(Exception):
@@ -38,29 +48,23 @@ class Stopped(Exception):
 
 
 class Ending:
-    """Entered by rank 0, it writes how what is done within ends, once the run's folder is known to be `ours`."""
+    """Entered by each rank, it tells the meeting how what is done within ends; rank 0's writes what the first has told,
+    once the run's folder is known to be `ours`."""
 
-    def __init__(self, folder: Path, size: int):
-        """`folder` is the training stage's; `size` is the number of ranks."""
+    def __init__(self, folder: Path, meeting: "Meeting"):
+        """`folder` is the training stage's."""
         self.ours = False
-        self._folder, self._size = folder, size
+        self._folder, self._meeting = folder, meeting
 
     def __enter__(self) -> "Ending":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if not self.ours:
-            return
-        if error is None:
-            self.write("finished")
-        elif isinstance(error, Stopped | SystemExit):  # at a checkpoint, or before there was anything to save
-            self.write("preempted", "told to go (SIGTERM)")
-        elif isinstance(error, InputError):
-            self.write("refused", str(error))
-        elif isinstance(error, Failed):
-            self.write("failed", str(error))
-        else:
-            self.write("failed", f"{kind.__name__}: {_first_line(error)}")
+        event, reason = "finished", None
+        if error is not None:
+            event, reason = self._meeting.first(*_told_of(error))
+        if self.ours:
+            self.write(event, reason)
 
     def write(self, event: str, reason: str | None = None) -> None:
         """Add a line. A full disk loses it: what has happened is said elsewhere."""
@@ -70,7 +74,8 @@ class Ending:
             path = checkpoint.newest(self._folder / "checkpoints")
             row = {
                 "time": time.time(), "event": event, "attempt": self._last_attempt() + (event == "started"),
-                "size": self._size, "step": int(path.name.removeprefix("step-")) if path else 0, "reason": reason,
+                "size": self._meeting.world_size, "step": int(path.name.removeprefix("step-")) if path else 0,
+                "reason": reason,
             }  # fmt: skip
             self._folder.mkdir(parents=True, exist_ok=True)
             with (self._folder / EVENTS).open("a", encoding="utf-8") as file:
@@ -101,15 +106,20 @@ def told(folder: Path) -> Iterator[None]:
             raise
         raise Failed(f"{folder} could not be written to: {error.strerror}; {_what_is_left(folder)}") from error
     except RuntimeError as error:
-        if story := hung(folder / "ranks"):
+        if story := hung(folder / RANKS):
             raise Failed(f"{story}; {_what_is_left(folder)}") from error
-        if any(part in str(error) for part in LOST_PEER):
-            said, _, _ = _first_line(error).partition(". ")  # gloo goes on with advice
+        if _has_lost_peer(error):
+            said, _, _ = _sentence(error).partition(". ")  # gloo goes on with advice
             raise Failed(f"rank {os.environ['RANK']} has lost the connection to another ({said}); "
                          f"{_what_is_left(folder)}") from error
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(PEER_SECONDS * (int(os.environ["WORLD_SIZE"]) > 1))  # it may have lost one that torchrun tells of
         raise
+
+
+def _has_lost_peer(error: RuntimeError) -> bool:
+    reason = NCCL_REASON.search(str(error))
+    return any(part in str(error) for part in LOST_PEER) or bool(reason and reason[1].startswith("socket"))
 
 
 def _what_is_left(folder: Path) -> str:
@@ -128,5 +138,19 @@ def hung(ranks: Path) -> str:
     return diagnose(ranks, record["world_size"]) if record else ""
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "")
+def _told_of(error: BaseException) -> tuple[str, str]:
+    """The event that it is, and the reason."""
+    if isinstance(error, Stopped):
+        return "preempted", "told to go (SIGTERM)"
+    if isinstance(error, SystemExit):  # before there was anything to save
+        return "preempted", "told to go (SIGTERM), by the machine or because torchrun has lost another rank"
+    if isinstance(error, InputError):
+        return "refused", str(error)
+    return "failed", str(error) if isinstance(error, Failed) else f"{type(error).__name__}: {_sentence(error)}"
+
+
+def _sentence(error: BaseException) -> str:
+    """The first line, and NCCL's reason, which stands below it."""
+    text = str(error).strip()
+    line, reason = next(iter(text.splitlines()), ""), NCCL_REASON.search(text)
+    return f"{line}: {reason[1].strip()}" if reason else line
