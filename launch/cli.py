@@ -11,17 +11,24 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from launch import checkpoint_cli
+from launch import checkpoint_cli, cluster_cli
+from launch.export_cli import export_model
+from launch.generate_cli import generate
 from launch.graph import ClusterGone, Preempted, RunFailed, Stopped
 from launch.import_cli import import_model
 from launch.plan.command import plan
+from launch.preflight_cli import preflight
 from moe.errors import InputError
 from moe.train import preemption
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 app.add_typer(checkpoint_cli.app, name="checkpoint")
+app.add_typer(cluster_cli.app, name="launch")
 app.command("import")(import_model)
+app.command("export")(export_model)
+app.command()(generate)
 app.command()(plan)
+app.command()(preflight)
 FAILED, WRONG_INPUT, PREEMPTED, STOPPED = 1, 2, preemption.EXIT_STATUS, 130
 
 
