@@ -91,8 +91,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Raises OSError where the disk is full or gone: safetensors has an error of its own for it."""
+    path.touch()
+    mode = path.stat().st_mode  # as the user's umask has it; safetensors' own file nobody else may read
     try:
         save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(mode)
     except SafetensorError as error:
         number = OS_ERROR.search(str(error))
         raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error

@@ -1,6 +1,8 @@
 """A model's folder: whole or absent, the same model again, and whatever does not fit is named."""
 
 import json
+import os
+import stat
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from moe.data.tokenizer import encode
 from moe.errors import InputError
 from moe.hf import folder as model_folder
 from moe.hf.folder import ModelFolder, is_dense, owner_of
+from moe.hf.source import write_tensors
 from moe.model import Decoder
 from moe.specialty.merge import merge
 
@@ -172,3 +175,12 @@ def test_another_kind_of_model_is_refused(saved):
 def test_slots_have_names(make_model):
     model = make_model("merged")
     assert [owner_of(model, slot) for slot in (0, 1, 7)] == ["anchor", "billing", "radiology"]
+
+
+def test_weights_can_be_read_by_whom_the_umask_lets(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_tensors({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.filemode((tmp_path / "model.safetensors").stat().st_mode) == "-rw-r-----"
