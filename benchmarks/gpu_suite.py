@@ -237,6 +237,8 @@ class Suite:
         """Exit status, None where it ran into its limit, and seconds. What it prints goes to the log as it comes."""
         start = time.monotonic()
         self.keep(part, f"$ {' '.join(command)}", said=False)
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a shell; it would be inherited
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                  errors="replace", env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
                                  start_new_session=True)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import signal
 import sys
 import time
 
@@ -28,8 +29,11 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys):
     assert capsys.readouterr().err == "gpu_suite needs a CUDA GPU, and torch finds none.\n"
 
 
-def test_a_part_that_hangs_is_interrupted_and_ended_with_what_it_has_printed(suite, monkeypatch):
-    monkeypatch.setattr(gpu_suite, "GRACE", 8.0)
+@pytest.mark.parametrize("interrupts", [signal.default_int_handler, signal.SIG_IGN], ids=["heard", "ignored"])
+def test_a_part_that_hangs_is_interrupted_and_ended_with_what_it_has_printed(suite, monkeypatch, interrupts):
+    """Also where the suite was started in the background of a shell, which lets its children ignore interrupts."""
+    monkeypatch.setattr(gpu_suite, "GRACE", 5.0)
+    before = signal.signal(signal.SIGINT, interrupts)
     code = """import time
 print('begun')
 try:
@@ -37,7 +41,10 @@ try:
 except KeyboardInterrupt:
     print('found', flush=True)
 time.sleep(60)"""
-    status, seconds = suite.process("slow", [sys.executable, "-c", code], limit=3.0)
+    try:
+        status, seconds = suite.process("slow", [sys.executable, "-c", code], limit=3.0)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert status is None and seconds < 40 and suite.last["slow"] == "found"
     assert "slow| begun\nslow| found\nslow| status None" in suite.log.read_text()
 

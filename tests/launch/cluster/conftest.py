@@ -1,6 +1,7 @@
 """A small job's config, what it asks of a cluster, and a Slurm that runs everything on this machine."""
 
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -83,7 +84,7 @@ class Slurm:
     def __init__(self, folder: Path):
         self.commands = folder / "commands"
         self.commands.mkdir()
-        self._starts = 0
+        self._jobs: list[subprocess.Popen] = []
         self.put("srun", SRUN)
         self.put("scontrol", SCONTROL)
 
@@ -97,11 +98,19 @@ class Slurm:
         chdir = next(line.split("=", 1)[1].strip('"') for line in script.read_text().splitlines()
                      if line.startswith("#SBATCH --chdir="))  # fmt: skip
         environment = {**os.environ, "PATH": f"{self.commands}:{os.environ['PATH']}", "SLURM_STUB": str(self.commands),
-                       "SLURM_JOB_ID": str(job), "SLURM_RESTART_COUNT": str(self._starts),
+                       "SLURM_JOB_ID": str(job), "SLURM_RESTART_COUNT": str(len(self._jobs)),
                        "PYTHONPATH": str(ROOT)}  # fmt: skip
-        self._starts += 1
-        return subprocess.Popen(["bash", str(script)], cwd=chdir, env=environment, text=True, stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT)  # fmt: skip
+        self._jobs.append(subprocess.Popen(["bash", str(script)], cwd=chdir, env=environment, text=True,
+                                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                           start_new_session=True))  # fmt: skip
+        return self._jobs[-1]
+
+    def end(self) -> None:
+        """What a test has not seen the end of, with all that it has started."""
+        for job in self._jobs:
+            if job.poll() is None:
+                os.killpg(job.pid, signal.SIGKILL)
+                job.wait()
 
     @property
     def requeued(self) -> list[str]:
@@ -111,7 +120,9 @@ class Slurm:
 
 @pytest.fixture
 def slurm(tmp_path):
-    return Slurm(tmp_path)
+    started = Slurm(tmp_path)
+    yield started
+    started.end()
 
 
 @pytest.fixture
