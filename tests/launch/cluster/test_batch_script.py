@@ -1,6 +1,7 @@
 """The batch scripts, as text and as they run, with stand-ins for everything but the shell."""
 
 import json
+import os
 import shlex
 import signal
 import sys
@@ -11,6 +12,8 @@ import pytest
 from launch.cluster import slurm as scripts
 
 TIMEOUT = 30
+JOB = os.getpid()  # whose number its ports follow: several processes may test at once
+REQUEUE = f"requeue {JOB}"
 
 
 @pytest.mark.parametrize("runner", ["ray", "torchrun"])
@@ -66,7 +69,7 @@ exec {shlex.quote(sys.base_prefix)}/bin/python3 -c {shlex.quote(listens)} "$port
 
     def started(runner: str):
         script.write_text(scripts.script(request, runner))
-        return slurm.start(script, job=4242)
+        return slurm.start(script, job=JOB)
 
     return started
 
@@ -84,20 +87,35 @@ while :; do sleep 0.05; done
 """
 
 
+# Told to go, it takes its time for a checkpoint.
+SAVES = """\
+echo "$*" >>"$SLURM_STUB/calls"
+trap 'echo told >>"$SLURM_STUB/calls"; touch "$SLURM_STUB/told"' TERM
+touch "$SLURM_STUB/begun"
+until [ -e "$SLURM_STUB/saved" ]; do sleep 0.05; done
+exit 75
+"""
+
+
 def until(path, process):
     deadline = time.monotonic() + TIMEOUT
     while not path.exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        assert process.poll() is None and time.monotonic() < deadline, ended(process)[1]
         time.sleep(0.02)
 
 
 def test_a_job_whose_time_is_over_stops_is_queued_again_and_goes_on(submit, slurm, tmp_path):
-    slurm.put("polyclinic", WAITS)
+    slurm.put("polyclinic", SAVES)
     process = submit("ray")
     until(slurm.commands / "begun", process)
     process.send_signal(signal.SIGTERM)
+    until(slurm.commands / "told", process)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)  # in which a second one would be passed on
+    assert slurm.requeued == [], "its checkpoint is not written yet"
+    (slurm.commands / "saved").touch()
     status, said = ended(process)
-    assert status == 75 and slurm.requeued == ["requeue 4242"], said
+    assert status == 75 and slurm.requeued == [REQUEUE], said
     calls = (slurm.commands / "calls").read_text().splitlines()
     assert calls[1:] == ["told"], "once: a second signal would end it without a checkpoint"
     assert "cluster.address=" in calls[0] and "--resume" not in calls[0]
@@ -107,7 +125,7 @@ def test_a_job_whose_time_is_over_stops_is_queued_again_and_goes_on(submit, slur
     slurm.put("polyclinic", 'echo "$*"\n')
     status, said = ended(submit("ray"))
     assert status == 0 and "--resume" in said and "start 2" in said, said
-    assert slurm.requeued == ["requeue 4242"]
+    assert slurm.requeued == [REQUEUE]
 
 
 @pytest.mark.parametrize("status", [1, 2, 130])
@@ -125,7 +143,7 @@ def test_a_job_that_is_told_to_go_before_it_trains_is_queued_again(submit, slurm
     until(slurm.commands / "begun", process)
     process.send_signal(signal.SIGTERM)
     status, said = ended(process)
-    assert status == 75 and slurm.requeued == ["requeue 4242"], said
+    assert status == 75 and slurm.requeued == [REQUEUE], said
     assert not (slurm.commands / "trained").exists()
 
 
@@ -153,7 +171,7 @@ def torchrun_that_says(event, step=1):
 @pytest.mark.parametrize(
     "event, status, requeued",
     [
-        pytest.param("preempted", 75, ["requeue 4242"], id="stopped-at-a-checkpoint"),
+        pytest.param("preempted", 75, [REQUEUE], id="stopped-at-a-checkpoint"),
         pytest.param("failed", 1, [], id="failed"),
         pytest.param("refused", 2, [], id="wrong-input"),
     ],
@@ -177,5 +195,5 @@ def test_ranks_that_are_told_to_go_are_queued_again_whatever_they_say(submit, sl
     until(slurm.commands / "begun", process)
     process.send_signal(signal.SIGTERM)
     status, said = ended(process)
-    assert status == 75 and slurm.requeued == ["requeue 4242"], said
+    assert status == 75 and slurm.requeued == [REQUEUE], said
     assert "--nproc-per-node=2" in (slurm.commands / "calls").read_text()
