@@ -11,7 +11,6 @@ against the manifest and names the one that is damaged. That reads it once, at 1
 (November 2026): 30 billion tokens of four bytes take a process a minute, so the ranks of a job share it.
 """
 
-import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -69,7 +68,7 @@ def write(
     if not totals["documents"]:
         shutil.rmtree(temporary)
         raise InputError(f"{folder} would have no documents: want at least one with text")
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": manifests.file_hash(p)} for p in sorted(temporary.iterdir())}
     manifest = {
         "schema": 1,
         "tokenizer": identity(tokenizer, special),
@@ -158,10 +157,5 @@ def _check_file(path: Path, expected: dict, by_hash: bool) -> None:
     if size != expected["bytes"]:
         found = "it is missing" if size is None else f"it has {size} bytes"
         raise InputError(f"shard {path} is damaged: {found}, want {expected['bytes']} bytes")
-    if by_hash and _sha256(path) != expected["sha256"]:
+    if by_hash and manifests.file_hash(path) != expected["sha256"]:
         raise InputError(f"shard {path} is damaged: its contents do not match the manifest's sha256")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,17 +5,15 @@ the anchor is trained on and from what the result is measured on.
 """
 
 import hashlib
-import json
 import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from pyarrow import ArrowException, parquet
 from tokenizers import Tokenizer
 
 from moe.config import DataConfig
-from moe.data import demonstration
+from moe.data import demonstration, files
 from moe.data.shards import Document, write
 from moe.data.tokenizer import OWN, Special
 from moe.errors import InputError
@@ -28,7 +26,7 @@ def check(name: str, config: DataConfig) -> None:
     if config.demonstration:
         demonstration.check_installed(config.demonstration)
     for path in (*config.documents, *config.held_out):
-        if path.suffix not in (".jsonl", ".parquet"):
+        if path.suffix not in files.ENDINGS:
             raise InputError(f"{name}: {path} has the ending {path.suffix!r}: want .jsonl or .parquet")
         if not path.is_file():
             raise InputError(f"{name}: {path} does not exist: want a file of documents")
@@ -46,14 +44,14 @@ def read(
         demonstration.build(
             config.demonstration, corpus, seed=seed, max_characters=config.max_characters, tables=("documents",)
         )
-        train = list(_rows(corpus / "documents.train.jsonl"))
-        held_out = list(_rows(corpus / "documents.eval.jsonl"))
+        train = list(documents(corpus / "documents.train.jsonl"))
+        held_out = list(documents(corpus / "documents.eval.jsonl"))
     elif config.noise_documents:
         train, held_out = _split(_noise(config.noise_documents, seed), "eval", config.held_out_share)
     else:
-        train = [row for path in config.documents for row in _rows(path)]
+        train = [row for path in config.documents for row in documents(path)]
         if config.held_out:
-            held_out = [row for path in config.held_out for row in _rows(path)]
+            held_out = [row for path in config.held_out for row in documents(path)]
         else:
             train, held_out = _split(train, "eval", config.held_out_share)
     splits = {"train": train, "eval": held_out}
@@ -73,10 +71,9 @@ def pack(splits: dict[str, list[Document]], folder: Path, tokenizer: Tokenizer, 
     return {split: write(folder / split, rows, tokenizer, special=special) for split, rows in splits.items()}
 
 
-def _rows(path: Path) -> Iterator[Document]:
+def documents(path: Path) -> Iterator[Document]:
     """Documents of a JSON-lines or Parquet file. Raises InputError naming file and row where text is missing."""
-    rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(files.rows(path), start=1):
         text = row.get("text") if isinstance(row, dict) else None
         if not isinstance(text, str) or not text.strip():
             raise InputError(f"{path} row {number} has no text: want a `text` column that is a non-empty string")
@@ -85,22 +82,6 @@ def _rows(path: Path) -> Iterator[Document]:
         except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
             raise InputError(f"{path} row {number} has text that is not Unicode: {error.reason}") from error
         yield Document(text_hash if row.get("id") in (None, "") else str(row["id"]), text)
-
-
-def _parquet_rows(path: Path) -> list[dict]:
-    try:
-        return parquet.read_table(path).to_pylist()
-    except (OSError, ArrowException) as error:
-        raise InputError(f"{path} cannot be read as Parquet: {error}") from error
-
-
-def _json_rows(path: Path) -> Iterator[object]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                yield json.loads(line)
-            except ValueError as error:  # of JSON or of UTF-8
-                raise InputError(f"{path} row {number} is not JSON in UTF-8: want one object a line") from error
 
 
 def _split(rows: list[Document], name: str, share: float) -> tuple[list[Document], list[Document]]:
