@@ -3,6 +3,7 @@
     triton      our kernels (kernels/triton_backend). GPUs; under TRITON_INTERPRET=1 CPU tensors, slowly, for tests.
     torch       fast PyTorch: sorted rows, one product per expert. CPUs; runs on a GPU too.
     reference   the plain equations of kernels/reference: the oracle, slow.
+    megablocks  a mixture's experts by MegaBlocks' product (kernels/megablocks_backend); all else as without it.
 
 POLYCLINIC_BACKEND forces one for the whole process. The choice is logged once with its reason. POLYCLINIC_DEBUG=1 has
 the ops check on a GPU, too, what they can only check by waiting for it.
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("triton", "torch", "reference")
+EXPERTS_ONLY = "megablocks"
 VARIABLE, DEBUG = "POLYCLINIC_BACKEND", "POLYCLINIC_DEBUG"
 
 log = logging.getLogger(__name__)
@@ -24,14 +26,26 @@ log = logging.getLogger(__name__)
 
 def choose(x: Tensor) -> str:
     """The backend for an op whose first input is x: one of BACKENDS."""
-    return _choose(x.device.type, x.dtype, os.environ.get(VARIABLE, ""))
+    forced = os.environ.get(VARIABLE, "")
+    return _choose(x.device.type, x.dtype, "" if forced == EXPERTS_ONLY else forced)
+
+
+def choose_experts(x: Tensor) -> str:
+    """The backend for a mixture's experts: one of BACKENDS, or EXPERTS_ONLY. Raises ValueError where that cannot be
+    used."""
+    if os.environ.get(VARIABLE) != EXPERTS_ONLY:
+        return choose(x)
+    from kernels import megablocks_backend
+
+    megablocks_backend.require(x.dtype)
+    return EXPERTS_ONLY
 
 
 @functools.cache
 def _choose(device_type: str, dtype: torch.dtype, forced: str) -> str:
     # Cached, so that each combination is decided and logged once.
     if forced and forced not in BACKENDS:
-        raise ValueError(f"{VARIABLE}={forced}: want one of {', '.join(BACKENDS)}")
+        raise ValueError(f"{VARIABLE}={forced}: want one of {', '.join(BACKENDS)}, {EXPERTS_ONLY}")
     if forced:
         name, reason = forced, f"{VARIABLE} forces it"
     elif device_type != "cuda":

@@ -17,6 +17,7 @@ Errors  ValueError for a wrong shape, dtype or device, or what belongs together 
 Cost    6 * N * D * F flops forward, 12 backward. Saves x and h (N * 2F); not the gathered rows, the activation or y.
         torch backend: kernels/torch_backend/experts.py; on a GPU it waits for the offsets.
         triton backend: kernels/triton_backend/experts.py; no wait, so a step can be captured in a CUDA graph.
+        megablocks backend, with a dispatch only: kernels/megablocks_backend.py.
 Source  The gradient of the weight as <da, a>, so that y need not be kept: SonicMoE, arXiv:2512.14080.
 """
 
@@ -41,13 +42,15 @@ def experts(x_TD: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor, dispatch: 
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _Experts.apply(*inputs, *tables)
     x, w_gate_up, w_down, weight, base = inputs
-    return _implementation(x).forward(x, w_gate_up, w_down, _dispatch(*tables), weight, base, keep_h=False)[0]
+    implementation = _implementation(x, dispatch is not None)
+    return implementation.forward(x, w_gate_up, w_down, _dispatch(*tables), weight, base, keep_h=False)[0]
 
 
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, w_gate_up_E2FD, w_down_EDF, weight_TK, base_TD, *tables):
-        ctx.implementation = _implementation(x_TD)  # that of the backward too: each keeps h in its own way
+        # That of the backward too: each keeps h in its own way.
+        ctx.implementation = _implementation(x_TD, tables[0] is not None)
         out_TD, h = ctx.implementation.forward(x_TD, w_gate_up_E2FD, w_down_EDF, _dispatch(*tables), weight_TK, base_TD,
                                                keep_h=True)
         ctx.save_for_backward(x_TD, w_gate_up_E2FD, w_down_EDF, weight_TK, *tables, *h)
@@ -65,8 +68,11 @@ class _Experts(torch.autograd.Function):
         return dx, dgate_up, ddown, dweight, dbase, None, None, None  # x, w_gate_up, w_down, weight, base, tables
 
 
-def _implementation(x_TD: Tensor) -> ModuleType:
-    if backend.choose(x_TD) == "triton":
+def _implementation(x_TD: Tensor, routed: bool) -> ModuleType:
+    name = backend.choose_experts(x_TD) if routed else backend.choose(x_TD)
+    if name == backend.EXPERTS_ONLY:
+        from kernels import megablocks_backend as implementation
+    elif name == "triton":
         from kernels.triton_backend import experts as implementation
     else:
         from kernels.torch_backend import experts as implementation

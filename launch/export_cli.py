@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from launch.graph import RunFailed
+from moe.errors import InputError
 
 
 def export_model(
@@ -16,7 +17,8 @@ def export_model(
     out: Annotated[Path, typer.Argument(help="What transformers will read; must not exist.")],
     family: Annotated[str, typer.Option(
         "--as", help="auto: the plain family that expresses the model exactly, else our own architecture; or one of "
-        "llama, mixtral, qwen3, qwen3_moe, olmo2, olmoe, flex_olmo, glm4_moe, polyclinic.")] = "auto",
+        "llama, mixtral, qwen3, qwen3_moe, olmo2, olmoe, flex_olmo, glm4_moe, polyclinic; or dmoe, the mixture layers "
+        "as MegaBlocks keeps them.")] = "auto",
     precision: Annotated[str | None, typer.Option(
         help="Of the weights: float32, bfloat16, float16, float64; as they are where it is left out.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print export.json, for scripts.")] = False,
@@ -25,17 +27,26 @@ def export_model(
 
     Example: polyclinic export runs/quickstart/model exported --precision bfloat16
     """
+    from moe.hf import dmoe
     from moe.hf.account import EXPORTED
     from moe.hf.exporting import export_folder
+
+    if family == dmoe.NAME and precision is not None:
+        raise InputError(f"--precision {precision}: want it left out with --as {family}, which moves weights as they "
+                         "are")
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     try:
         with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
             task = shown.add_task(f"{folder.name}: tensors", total=None)
-            account = export_folder(
-                folder, out, family, precision,
-                progress=lambda done, total: shown.update(task, completed=done, total=total),
-            )  # fmt: skip
+
+            def progress(done: int, total: int) -> None:
+                shown.update(task, completed=done, total=total)
+
+            if family == dmoe.NAME:
+                account = dmoe.export_dmoe(folder, out, progress)
+            else:
+                account = export_folder(folder, out, family, precision, progress=progress)
     except OSError as error:
         raise RunFailed(f"{out} cannot be written: {error.strerror or error}; nothing of it is left") from error
     if as_json:

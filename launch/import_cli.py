@@ -12,7 +12,7 @@ from launch.graph import RunFailed
 
 
 def import_model(
-    source: Annotated[Path, typer.Argument(help="A folder in Hugging Face layout, or a GGUF file.")],
+    source: Annotated[Path, typer.Argument(help="A Hugging Face folder, a GGUF file, or what export --as dmoe wrote.")],
     out: Annotated[Path, typer.Argument(help="The model's folder; must not exist.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print import.json, for scripts.")] = False,
 ) -> None:
@@ -21,13 +21,14 @@ def import_model(
     Example: polyclinic import downloads/SmolLM2-135M models/smollm2
     """
     from moe.hf.account import IMPORTED
+    from moe.hf.dmoe import import_dmoe, is_dmoe
     from moe.hf.gguf import import_gguf
     from moe.hf.importing import import_folder
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
         task = shown.add_task(f"{source.name}: tensors", total=None)
-        read = import_gguf if source.is_file() else import_folder
+        read = import_gguf if source.is_file() else import_dmoe if is_dmoe(source) else import_folder
         try:
             account = read(source, out, progress=lambda done, total: shown.update(task, completed=done, total=total))
         except OSError as error:

@@ -100,6 +100,6 @@ def measure_domain(config: dict[str, Any], run: RunFolder, domain: str) -> dict[
 
     torch.set_num_threads(1)  # sums in one order, whatever the machine
     checked = check(config)
-    if checked.run.backend != "triton":  # which is for training: measured is on a CPU
+    if checked.run.backend not in ("triton", "megablocks"):  # which are for training: measured is on a CPU
         backend.force(checked.run.backend)
     return measure.measure_domain(checked, run, domain)

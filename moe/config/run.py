@@ -16,7 +16,8 @@ class RunSection(Section):
     folder: FilePath = Path("runs")
     seed: NonNegativeInt
     precision: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 where the hardware has it
-    backend: Literal["auto", "triton", "torch", "reference"] = "auto"  # of the kernels; auto: the device's fastest
+    # Of the kernels; auto: the device's fastest; megablocks: that, but for a mixture's experts.
+    backend: Literal["auto", "triton", "torch", "reference", "megablocks"] = "auto"
 
     @model_validator(mode="after")
     def _name_is_a_folder(self) -> Self:
