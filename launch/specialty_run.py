@@ -12,7 +12,7 @@ from launch.jobs import Jobs
 from launch.session import Capacity
 from launch.worker import measure_domain, merge_packs, prepare_domain
 from moe.config import ANCHOR, PUBLIC, SpecialtyConfig
-from moe.data.prepare import content
+from moe.data.prepare import content, model_hashes
 from moe.hf.folder import load as load_model
 from moe.run_folder import RunFolder
 from moe.specialty.pack import Pack
@@ -33,16 +33,18 @@ class SpecialtyRun:
         seed, backend = config.run.seed, config.run.backend
         # What is passed through to DeepSpeed can move roundings only.
         common = {"seed": seed, "precision": config.run.precision, "backend": backend}
+        base = model_hashes(config.base.model) if config.base else None
+        anchor = config.anchor.learned() | ({"base": base} if base else {})
         stages = [
             Stage(
                 f"data-{PUBLIC}",
-                settings=[content(config.public), config.tokenizer.vocab_size, seed],
+                settings=[content(config.public), base["tokenizer"] if base else config.tokenizer.vocab_size, seed],
                 run=lambda _: self._task(prepare_domain, PUBLIC),
                 makes=(run.tokenizer, *(run.shards(PUBLIC, split) for split in ("train", "calibration", "eval"))),
             ),
             Stage(
                 "anchor",
-                settings=[config.model.model_dump(mode="json"), config.anchor.learned(), common],
+                settings=[config.model.model_dump(mode="json"), anchor, common],
                 run=self._train_anchor,
                 needs=(f"data-{PUBLIC}",),
                 makes=(run.anchor,),

@@ -52,9 +52,11 @@ def _report(config: RunConfig, run: RunFolder, graph: Graph, device: str) -> Non
         return
     from moe.report.page import write_page  # plotting takes a second to import
     from moe.report.results import write_results
+    from moe.tracking import track_results
 
     write_results(*given)
     write_page(run)
+    track_results(config, run)
 
 
 def _stages_of(config: RunConfig, run: RunFolder, capacity: Capacity) -> Any:

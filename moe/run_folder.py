@@ -14,6 +14,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+SPLITS = ("train", "eval", "calibration")  # of a domain's text; the last of public text in a specialty run only
+
 
 @dataclass(frozen=True)
 class RunFolder:

@@ -20,12 +20,11 @@ from moe.data import sources
 from moe.data.prepare import domains
 from moe.errors import InputError
 from moe.manifest import value_hash
-from moe.run_folder import RunFolder
+from moe.run_folder import SPLITS, RunFolder
 from moe.train import engine_settings
 
 VERSIONS = ("torch", "deepspeed", "ray", "transformers", "tokenizers", "safetensors", "numpy")
 CONFIG_MEND = "want it back, or a copy of the file that the run was begun with in its place"
-SPLITS = ("train", "eval", "calibration")
 
 
 def check(config: RunConfig) -> None:
@@ -33,12 +32,13 @@ def check(config: RunConfig) -> None:
     engine_settings.check(config)
     for name, data in domains(config).items():
         sources.check(name, data)
-    if isinstance(config, JobConfig) and config.upcycle:
+    if base := config.base_model:
         from moe.hf import folder  # torch takes seconds to import: only where a model is read
         from moe.model import upcycle
 
-        upcycle.check(folder.outline(config.upcycle.model), config.model, config.tokenizer.vocab_size)
-        folder.check(config.upcycle.model)
+        key = "upcycle.model" if isinstance(config, JobConfig) else "base.model"
+        upcycle.check(folder.outline(base), config.model, config.tokenizer.vocab_size, key)
+        folder.check(base)
 
 
 def resolve(config: RunConfig, use_gpu: bool) -> RunConfig:
@@ -46,9 +46,12 @@ def resolve(config: RunConfig, use_gpu: bool) -> RunConfig:
     InputError for a backend that does not run there."""
     from moe.train.precision import resolve as resolve_precision
 
-    if config.run.backend == "triton" and not use_gpu:
-        raise InputError("run.backend=triton: no worker has a GPU, which Triton's kernels need; want auto")
+    if config.run.backend in ("triton", "megablocks") and not use_gpu:
+        raise InputError(f"run.backend={config.run.backend}: no worker has a GPU, which its kernels need; want auto")
     precision = resolve_precision(config.run.precision, use_gpu)
+    if config.run.backend == "megablocks" and precision != "bfloat16":
+        raise InputError(f"run.precision={precision}: want bfloat16 with run.backend=megablocks, whose products take "
+                         "nothing else")
     return config.model_copy(update={"run": config.run.model_copy(update={"precision": precision})})
 
 

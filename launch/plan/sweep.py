@@ -20,6 +20,7 @@ from moe.config import JobConfig, RunConfig, TrainConfig
 from moe.errors import InputError
 
 AS_GOOD = 0.99  # of the fastest's tokens a second: no plan is so exact that less would be a difference
+SPARE = 0.05  # of a GPU's memory, which the best mesh leaves where one can: the plan of it may err so much
 LITTLE_SKEW = 0.3  # Zipf exponent at which layouts that are as good as the fastest are compared
 MOST_SIZES = 5  # numbers of workers that are tried
 MOST_SEQUENCES = 64  # of a micro-batch that is tried
@@ -127,6 +128,8 @@ def stages(config: RunConfig, cluster: Cluster) -> list[Stage]:
         ("anchor", shapes.of_anchor, config.anchor, "anchor", "anchor_workers"),
         ("pack of one owner", shapes.of_pack, config.pack.train, "pack.train", "owner_workers"),
     ):
+        if not train.steps:
+            continue
         layout = Layout.of(train, context, getattr(config.cluster, key), config.deepspeed, config.run.precision)
         shape = make(config.model, config.tokenizer.vocab_size)
         found.append(Stage(name, shape, layout, train, section, f"cluster.{key}", config.deepspeed))
@@ -154,8 +157,8 @@ def obstacle(stage: Stage, cluster: Cluster) -> str:
 
 
 def sweep(stage: Stage, cluster: Cluster, device: Device, assumptions: Assumptions) -> list[Candidate]:
-    """All that fit, best first: of those that are as good as the fastest the one that stands a little skew best, then
-    the others, fastest first.
+    """All that fit, best first: of those that leave some memory and are as good as the fastest of these the one that
+    stands a little skew best, then the others, fastest first.
 
     Raises InputError where nothing fits, with what the smallest would need."""
     tried = [Candidate(stage, layout, cluster, device, assumptions) for layout in layouts(stage, cluster)]
@@ -171,8 +174,9 @@ def sweep(stage: Stage, cluster: Cluster, device: Device, assumptions: Assumptio
                          f"{least.bytes_needed / 1e9:.0f} GB a GPU, most of it {kind}; want more nodes, a device with "
                          "more memory, or a smaller model")
     fastest_first = sorted(fitting, key=lambda candidate: (-candidate.step.tokens_per_s, candidate.bytes_needed))
-    enough = AS_GOOD * fastest_first[0].step.tokens_per_s
-    best = min((c for c in fastest_first if c.step.tokens_per_s >= enough), key=_under_skew)
+    roomy = [c for c in fastest_first if c.bytes_needed <= (1 - SPARE) * cluster.memory_bytes] or fastest_first
+    enough = AS_GOOD * roomy[0].step.tokens_per_s
+    best = min((c for c in roomy if c.step.tokens_per_s >= enough), key=_under_skew)
     return [best, *(c for c in fastest_first if c is not best)]
 
 

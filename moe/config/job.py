@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from math import gcd
+from pathlib import Path
 from typing import Any, Self
 
 from pydantic import PositiveInt, model_validator
@@ -52,6 +53,11 @@ class JobConfig(Section):
     cluster: JobClusterConfig = JobClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
     deepspeed: dict[str, Any] = {}  # passed through to DeepSpeed after ours; a clash is an error
+
+    @property
+    def base_model(self) -> Path | None:
+        """Whose weights and tokenizer the job begins with."""
+        return self.upcycle.model if self.upcycle else None
 
     def world_sizes(self) -> tuple[int, ...]:
         """Numbers of workers the job can run on, largest first."""

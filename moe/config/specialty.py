@@ -1,14 +1,15 @@
 """A specialty run: an anchor, one pack for each owner, their merge and its measurement."""
 
+from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from moe.config.cluster import SpecialtyClusterConfig
 from moe.config.data import DataConfig
 from moe.config.model import ModelConfig, TokenizerConfig
 from moe.config.run import RunSection, TrackingConfig
-from moe.config.section import NAME, Section, Share
+from moe.config.section import NAME, FilePath, Section, Share
 from moe.config.training import TrainConfig
 
 PUBLIC = "public"  # the anchor's domain
@@ -18,6 +19,18 @@ ANCHOR, ANCHOR_SLOT = "anchor", 0
 class OwnerConfig(Section):
     slot: PositiveInt  # the expert's place in every layer's table, for ever; slot 0 is the anchor's
     data: DataConfig
+
+
+class BaseConfig(Section):
+    """A model that is there already, which the anchor begins as."""
+
+    model: FilePath  # a dense model's folder, such as `polyclinic import` writes; its tokenizer becomes the run's
+
+
+class AnchorConfig(TrainConfig):
+    """How the anchor learns from public text."""
+
+    steps: NonNegativeInt  # 0 leaves a base model as it is
 
 
 class PackConfig(Section):
@@ -48,13 +61,27 @@ class SpecialtyConfig(Section):
     model: ModelConfig
     public: DataConfig
     owners: dict[str, OwnerConfig]
-    anchor: TrainConfig
+    anchor: AnchorConfig
     pack: PackConfig
+    base: BaseConfig | None = None
     calibration: CalibrationConfig = CalibrationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     cluster: SpecialtyClusterConfig = SpecialtyClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
     deepspeed: dict[str, Any] = {}  # passed through to DeepSpeed after ours; a clash is an error
+
+    @property
+    def base_model(self) -> Path | None:
+        """Whose weights and tokenizer the run begins with."""
+        return self.base.model if self.base else None
+
+    @model_validator(mode="after")
+    def _base_fits(self) -> Self:
+        if not self.anchor.steps and not self.base:
+            raise ValueError("anchor.steps=0: want at least 1, or base.model, a model that is there already")
+        if self.base and self.model.mixture:
+            raise ValueError("model.mixture is given beside base: want it left out, because an anchor is dense")
+        return self
 
     @model_validator(mode="after")
     def _owners_fit(self) -> Self:

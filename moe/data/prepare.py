@@ -1,17 +1,18 @@
 """Prepare a domain's text for training: read, split, and pack it; of the first domain, train the tokenizer before that.
 
-The first domain is a specialty run's public one, whose text also has a calibration split, or the first of a job's. A
-job that begins with another model's weights has that model's tokenizer.
+The first domain is a specialty run's public one, whose text also has a calibration split, or the first of a job's. What
+begins with another model's weights has that model's tokenizer.
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from moe.config import PUBLIC, DataConfig, JobConfig, RunConfig
 from moe.data import sources, tokenizer
-from moe.manifest import value_hash
+from moe.manifest import file_hash, value_hash
 from moe.run_folder import RunFolder
 
 
@@ -32,8 +33,8 @@ def prepare(config: RunConfig, run: RunFolder, domain: str) -> dict[str, Any]:
     splits = sources.read(domain, sections[domain], folder, config.run.seed, calibration)
     if domain == next(iter(sections)):
         settings = None
-        if isinstance(config, JobConfig) and config.upcycle:
-            theirs = config.upcycle.model / "tokenizer.json"
+        if config.base_model:
+            theirs = config.base_model / "tokenizer.json"
             made, settings = tokenizer.load(theirs), tokenizer.load_config(theirs)
         else:
             made = tokenizer.train((row.text for row in splits["train"]), config.tokenizer.vocab_size)
@@ -58,6 +59,19 @@ def _save(made: Tokenizer, settings: dict[str, Any] | None, run: RunFolder) -> N
     if settings is not None:
         beside.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     made.save(str(run.tokenizer))
+
+
+def model_hashes(folder: Path) -> dict[str, Any]:
+    """What a run depends on that begins with the model of this folder: its weights, its sizes, its tokenizer."""
+    from moe.hf.source import weight_files  # torch takes seconds to import: only where a model is read
+
+    weights, tokens = [file_hash(path) for path in weight_files(folder)], folder / "tokenizer.json"
+    special = tokenizer.special_of(tokenizer.load_config(tokens))
+    return {
+        "model": weights if len(weights) > 1 else weights[0],
+        "section": file_hash(folder / "config.json"),
+        "tokenizer": file_hash(tokens) if special == tokenizer.OWN else [file_hash(tokens), *special],
+    }
 
 
 def content(data: DataConfig) -> list[Any]:

@@ -4,7 +4,6 @@ Here the whole model is in memory once, and on the disk twice, because it is tra
 packages gguf and accelerate.
 """
 
-import hashlib
 import importlib.util
 import json
 from collections.abc import Callable
@@ -12,10 +11,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+
 from moe.errors import InputError
 from moe.hf.importing import import_folder
 from moe.hf.source import TENSORS, write_tensors
 from moe.hf.writing import SHARD_BYTES
+from moe.manifest import file_hash
 
 PACKAGES = ("gguf", "accelerate")
 
@@ -28,8 +30,7 @@ def import_gguf(file: Path, out: Path, shard_bytes: int = SHARD_BYTES,
     with file.open("rb") as opened:
         if opened.read(4) != b"GGUF":
             raise InputError(f"{file} is no GGUF file: want one that begins with GGUF")
-        opened.seek(0)
-        origin = {"gguf": {"file": file.name, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}}
+    origin = {"gguf": {"file": file.name, "sha256": file_hash(file)}}
     if absent := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise InputError(f"{file} cannot be read without {' and '.join(absent)}: pip install {' '.join(absent)}")
     if out.exists():
@@ -50,8 +51,15 @@ def _dequantize(file: Path, folder: Path) -> None:
     except Exception as error:  # what the library races through has many types
         raise InputError(f"{file} cannot be read: {error}") from error
     config = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(_as_written(config)))
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     write_tensors(tensors, folder / TENSORS)
+
+
+def _as_written(value: Any) -> Any:
+    """The decimal that was meant by a number which the file keeps in float32: 1e-05 for 9.999999747378752e-06."""
+    if isinstance(value, dict):
+        return {key: _as_written(inner) for key, inner in value.items()}
+    return float(str(np.float32(value))) if isinstance(value, float) else value

@@ -4,14 +4,12 @@ one launcher goes on under another.
     data-FIRST ──► data-DOMAIN ──► train
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moe.config import JobConfig, UpcycleConfig
-from moe.data import tokenizer
-from moe.data.prepare import content
+from moe.data.prepare import content, model_hashes
 from moe.manifest import value_hash
 from moe.run_folder import RunFolder
 
@@ -65,19 +63,4 @@ def figures(config: JobConfig, run: RunFolder) -> Path:
 
 def _source(upcycle: UpcycleConfig) -> dict[str, Any]:
     """What a mixture begins with."""
-    from moe.hf.source import weight_files  # torch takes seconds to import: only where a model is read
-
-    weights = [_sha256(path) for path in weight_files(upcycle.model)]
-    tokens = upcycle.model / "tokenizer.json"
-    special = tokenizer.special_of(tokenizer.load_config(tokens))
-    return {
-        "reinitialise": upcycle.reinitialise,
-        "model": weights if len(weights) > 1 else weights[0],
-        "section": _sha256(upcycle.model / "config.json"),
-        "tokenizer": _sha256(tokens) if special == tokenizer.OWN else [_sha256(tokens), *special],
-    }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {"reinitialise": upcycle.reinitialise, **model_hashes(upcycle.model)}

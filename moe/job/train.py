@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
 
+from moe import tracking
 from moe.config import JobConfig
 from moe.data import tokenizer
 from moe.data.loader import Loader, Source
@@ -68,15 +69,25 @@ def train_job(
         row = {"held_out_bpb": found["bpb"], "domains": {name: own["bpb"] for name, own in found["domains"].items()}}
         return row | {"share": found["routing"]["share"]} if "routing" in found else row
 
-    def at_end(forward: Forward) -> None:
-        found = figures(forward, config.evaluation.tokens) | {"world_size": dist.get_world_size()}
-        if dist.get_rank() == 0:
-            _write(stages.figures(config, run), found)
+    with tracking.tracked(config, run, stages.TRAIN, dist.get_rank()) as tracker:
+        tracker.used(tracking.text(run, domain) for domain in config.domains)
 
-    if not train(_job(config, run, identity), model, loader, held_out, report, beat=beat, at_end=at_end):
-        return False
-    together((lambda: save(config, run, tokens, settings)) if dist.get_rank() == 0 else None, device, beat, "model")
-    dist.barrier()
+        def at_end(forward: Forward) -> None:
+            found = figures(forward, config.evaluation.tokens) | {"world_size": dist.get_world_size()}
+            if dist.get_rank() == 0:
+                _write(stages.figures(config, run), found)
+                tracker.summary(found)
+
+        job = _job(config, run, identity)
+        if not train(job, model, loader, held_out, tracker.hear(report), beat=beat, at_end=at_end):
+            return False
+
+        def write() -> None:
+            save(config, run, tokens, settings)
+            tracker.made(tracking.model(run))
+
+        together(write if dist.get_rank() == 0 else None, device, beat, "model")
+        dist.barrier()
     return True
 
 
@@ -114,14 +125,12 @@ def read_figures(config: JobConfig, run: RunFolder) -> dict[str, Any]:
 
 def _job(config: JobConfig, run: RunFolder, identity: str) -> Job:
     return Job(
-        name=f"{config.run.name}/{stages.TRAIN}",
         folder=run.stage(stages.TRAIN),
         identity=identity,
         config=config.train,
         precision=config.run.precision,
         balance=config.balance,
         seed=config.run.seed,
-        tracking=config.tracking,
         deepspeed=config.deepspeed,
     )
 

@@ -54,16 +54,17 @@ def _draw_anew(experts: Experts, place: int, num_channels: int, generator: torch
         weight_FD[channels] = old.mean() + old.std() * torch.randn(old.shape, generator=generator)
 
 
-def check(dense: Decoder, config: ModelConfig, vocab_size: int) -> None:
-    """Needs no weights."""
+def check(dense: Decoder, config: ModelConfig, vocab_size: int, key: str = "upcycle.model") -> None:
+    """That what `config` describes can begin as the dense model, which `key` of a config names. Needs no weights."""
     if dense.config.mixture or dense.slots:
-        raise InputError("upcycle.model is a mixture already: want a dense model, such as a specialty run's anchor")
-    keys = [key for key in ModelConfig.model_fields if key not in FREE]
-    sizes = {f"model.{key}": (getattr(dense.config, key), getattr(config, key)) for key in keys}
-    sizes["model.mixture.d_ff"] = dense.config.d_ff, config.mixture.d_ff
+        raise InputError(f"{key} is a mixture already: want a dense model, such as a specialty run's anchor")
+    names = [name for name in ModelConfig.model_fields if name not in FREE]
+    sizes = {f"model.{name}": (getattr(dense.config, name), getattr(config, name)) for name in names}
+    if config.mixture:
+        sizes["model.mixture.d_ff"] = dense.config.d_ff, config.mixture.d_ff
     sizes["tokenizer.vocab_size"] = dense.embedding.num_embeddings, vocab_size
-    wrong = [f"{key}={mine} (it has {its})" for key, (its, mine) in sizes.items() if its != mine]
+    wrong = [f"{name}={mine} (it has {its})" for name, (its, mine) in sizes.items() if its != mine]
     if wrong:
-        raise InputError(f"upcycle.model does not fit {', '.join(wrong)}: want those keys as the model has them, or a "
+        raise InputError(f"{key} does not fit {', '.join(wrong)}: want those keys as the model has them, or a "
                          "dense model that is as they say")
 

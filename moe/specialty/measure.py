@@ -33,7 +33,7 @@ MOST_SUBSETS = 64  # of owners that are compared: all of those of six
 def measure_domain(config: SpecialtyConfig, run: RunFolder, domain: str) -> dict[str, Any]:
     """Every figure that needs this domain's held-out text; plain values."""
     anchor, merged = model_folder.load(run.anchor), model_folder.load(run.model)
-    held_out = PackedDocuments(run.shards(domain, "eval"), identity(merged.tokenizer))
+    held_out = PackedDocuments(run.shards(domain, "eval"), identity(merged.tokenizer, merged.special))
     limit, owners = config.evaluation.tokens, merged.owners
     routing = RoutingShares(merged)
     figures: dict[str, Any] = {

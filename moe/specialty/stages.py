@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moe import tracking
 from moe.config import PUBLIC, BalanceConfig, SpecialtyConfig, TrainConfig
 from moe.data import tokenizer
 from moe.data.loader import Batch, Loader, Source, whole_documents
@@ -36,22 +37,28 @@ def train_anchor(
     report: Report,
     beat: Beat = no_watchdog,
 ) -> bool:
-    """Pretrain the dense anchor on public text and write stages/anchor/model; False when it stopped before its end.
+    """Pretrain the dense anchor on public text, from scratch or from the base model, and write stages/anchor/model;
+    False when it stopped before its end.
 
     Every rank of the job must call it."""
-    tokens = tokenizer.load(run.tokenizer)
-    model = Decoder(config.model, tokens.get_vocab_size()).initialise(config.run.seed).to(device)
-    own, held_out = _open(run, [(PUBLIC, "train"), (PUBLIC, "eval")], tokens, device, beat)
+    tokens, settings = tokenizer.load(run.tokenizer), tokenizer.load_config(run.tokenizer)
+    known = tokenizer.identity(tokens, tokenizer.special_of(settings))
+    model = _first_anchor(config, device, beat).to(device)
+    own, held_out = _open(run, [(PUBLIC, "train"), (PUBLIC, "eval")], known, device, beat)
     loader = _loader(config, config.anchor, own)
     job = _job(config, run, "anchor", identity, config.anchor)
-    if not train(job, model, loader, _held_out(model, held_out, beat), report, beat=beat):
-        return False
+    with tracking.tracked(config, run, "anchor", dist.get_rank()) as tracker:
+        tracker.used(tracking.text(run, name) for name in (PUBLIC,))
+        if not train(job, model, loader, _held_out(model, held_out, beat), tracker.hear(report), beat=beat):
+            return False
 
-    def write() -> None:
-        model_folder.save(run.anchor, ModelFolder(model.cpu(), tokens))
+        def write() -> None:
+            anchor = ModelFolder(model.cpu(), tokens, tokenizer_config=settings)
+            model_folder.save(run.anchor, anchor)
+            tracker.made(tracking.anchor(anchor.identity()))
 
-    together(write if dist.get_rank() == 0 else None, device, beat, "model")
-    dist.barrier()
+        together(write if dist.get_rank() == 0 else None, device, beat, "model")
+        dist.barrier()
     return True
 
 
@@ -71,7 +78,8 @@ def train_pack(
     anchor_hash = together(anchor.identity, device, beat, "anchor")
     model = open_slot(anchor.decoder, config.owners[owner].slot)
     wanted = [(owner, "train"), (owner, "eval"), (PUBLIC, "train"), (PUBLIC, "calibration")]
-    train_text, held_out, public, unseen = _open(run, wanted, anchor.tokenizer, device, beat)
+    known = tokenizer.identity(anchor.tokenizer, anchor.special)
+    train_text, held_out, public, unseen = _open(run, wanted, known, device, beat)
     own_sample, public_sample, calibration = (
         list(_batches(config, text, tokens))
         for text, tokens in (
@@ -93,26 +101,41 @@ def train_pack(
 
     loader = _loader(config, config.pack.train, train_text, replay=public)
     job = _job(config, run, f"pack-{owner}", identity, config.pack.train, config.pack.z_loss_weight)
-    if not train(job, model, loader, _held_out(model, held_out, beat), report, before_update=fit, beat=beat):
-        return False
+    with tracking.tracked(config, run, f"pack-{owner}", dist.get_rank()) as tracker:
+        tracker.used([tracking.anchor(anchor_hash)])
+        tracker.used(tracking.text(run, name) for name in (PUBLIC, owner))
+        heard = tracker.hear(report)
+        if not train(job, model, loader, _held_out(model, held_out, beat), heard, before_update=fit, beat=beat):
+            return False
 
-    def write() -> None:
-        data = {"data": value_hash(train_text.manifest), "public_data": value_hash(public.manifest)}
-        Pack.of(model, owner, anchor_hash, {**data, "training": identity}).save(run.pack(owner))
+        def write() -> None:
+            data = {"data": value_hash(train_text.manifest), "public_data": value_hash(public.manifest)}
+            Pack.of(model, owner, anchor_hash, {**data, "training": identity}).save(run.pack(owner))
+            tracker.made(tracking.pack(run, owner))
 
-    beat("router")
-    if dist.get_rank() == 0:
-        fit_router(model, own_sample, public_sample, calibration, config.calibration.rho)
-    together(write if dist.get_rank() == 0 else None, device, beat, "pack")
-    dist.barrier()
+        beat("router")
+        if dist.get_rank() == 0:
+            fit_router(model, own_sample, public_sample, calibration, config.calibration.rho)
+        together(write if dist.get_rank() == 0 else None, device, beat, "pack")
+        dist.barrier()
     return True
 
 
-def _open(run: RunFolder, wanted: list[tuple[str, str]], tokens: tokenizer.Tokenizer, device: torch.device, beat: Beat
+def _first_anchor(config: SpecialtyConfig, device: torch.device, beat: Beat) -> Decoder:
+    """As it is before its first update, in float32 on the CPU. Every rank must call it."""
+    model = Decoder(config.model, config.tokenizer.vocab_size)
+    if not config.base:
+        return model.initialise(config.run.seed)
+    base = together(lambda: model_folder.load(config.base.model).decoder, device, beat, "base model")
+    model.load_state_dict(base.state_dict())
+    return model
+
+
+def _open(run: RunFolder, wanted: list[tuple[str, str]], tokenizer_hash: str, device: torch.device, beat: Beat
           ) -> list[PackedDocuments]:
     """A split of each domain. Every rank must call it; each hashes all of it."""
-    known = tokenizer.identity(tokens)
-    return together(lambda: [PackedDocuments(run.shards(*each), known) for each in wanted], device, beat, "text")
+    text = [run.shards(*each) for each in wanted]
+    return together(lambda: [PackedDocuments(folder, tokenizer_hash) for folder in text], device, beat, "text")
 
 
 def _batches(config: SpecialtyConfig, packed: PackedDocuments, limit: int) -> Iterator[Batch]:
@@ -145,13 +168,11 @@ def _job(
     config: SpecialtyConfig, run: RunFolder, stage: str, identity: str, section: TrainConfig, z_loss_weight: float = 0.0
 ) -> Job:
     return Job(
-        name=f"{config.run.name}/{stage}",
         folder=run.stage(stage),
         identity=identity,
         config=section,
         precision=config.run.precision,
         balance=BalanceConfig(method="none", z_loss_weight=z_loss_weight),
         seed=config.run.seed,
-        tracking=config.tracking,
         deepspeed=config.deepspeed,
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe.config import BalanceConfig, TrackingConfig, TrainConfig
+from moe.config import BalanceConfig, TrainConfig
 from moe.data.loader import Loader
 from moe.eval.bits import Forward
 from moe.hashing import seed_of
@@ -26,14 +26,12 @@ from moe.train.watchdog import Beat, no_watchdog
 class Job:
     """What the loop needs beside model and data; plain values only."""
 
-    name: str  # as the terminal and wandb show it
     folder: Path  # of the stage: metrics.jsonl and checkpoints/
     identity: str  # hash of everything that determines the result; checkpoints of another job are not taken
     config: TrainConfig
     precision: str
     balance: BalanceConfig
     seed: int  # of attention's dropout
-    tracking: TrackingConfig
     deepspeed: dict[str, Any]
 
 
@@ -59,7 +57,7 @@ def train(
     state = checkpoint.restore(checkpoints, engine, job.identity, beat)
     saver = checkpoint.Saver(checkpoints, engine, job.identity, _description(job, model), beat)
     loader.position = state.position
-    metrics = Metrics(job.folder / "metrics.jsonl", state.step, job.tracking, job.name) if engine.rank == 0 else None
+    metrics = Metrics(job.folder / "metrics.jsonl", state.step) if engine.rank == 0 else None
     accumulation = config.gradient_accumulation(engine.world_size)
     recorder = Recorder(engine, metrics, report, config.batch_size * model.config.context_length)
     balance, watch = Balance(model, job.balance, config.micro_batches), Watch(model, job.balance)

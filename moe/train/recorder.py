@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Sums a step's losses over micro-batches and ranks, and tells metrics.jsonl, wandb and the reporter.
+    """Sums a step's losses over micro-batches and ranks, and tells metrics.jsonl and the reporter.
 
     Every rank has one and calls the same methods; `stop_requested` is the same on all of them."""
 

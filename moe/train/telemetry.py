@@ -1,4 +1,4 @@
-"""What a training job says about itself: metrics.jsonl always, wandb where configured. Never a row of text."""
+"""What a training job says about itself in metrics.jsonl. Never a row of text."""
 
 import json
 import math
@@ -10,31 +10,24 @@ from typing import Any
 
 import torch
 
-from moe.config import TrackingConfig
-
 
 class Metrics:
     """Appends one JSON object a line to `path`; rows of steps that are about to be done again are dropped first."""
 
-    def __init__(self, path: Path, resume_at: int, tracking: TrackingConfig, name: str):
+    def __init__(self, path: Path, resume_at: int):
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in (read(path) if path.is_file() else []) if row["step"] <= resume_at]
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text("".join(map(_line, kept)), encoding="utf-8")
         os.replace(partial, path)
         self._file = path.open("a", encoding="utf-8")
-        self._wandb = _wandb_run(path.parent, tracking, name) if tracking.wandb != "off" else None
 
     def log(self, row: dict[str, Any]) -> None:
         self._file.write(_line(row))
         self._file.flush()
-        if self._wandb:
-            self._wandb.log(row, step=row["step"])
 
     def close(self) -> None:
         self._file.close()
-        if self._wandb:
-            self._wandb.finish()
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -68,12 +61,3 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _wandb_run(folder: Path, tracking: TrackingConfig, name: str) -> Any:
-    import wandb  # half a second that only those who use it pay
-
-    settings = wandb.Settings(silent=True, console="off", x_disable_stats=True)
-    return wandb.init(
-        project=tracking.project, name=name, dir=str(folder), mode=tracking.wandb, settings=settings
-    )

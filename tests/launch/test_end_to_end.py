@@ -114,6 +114,16 @@ def test_a_run_leaves_what_it_promises(first):
         assert specialty["merged_bpb"] < specialty["without_owner_bpb"], name
 
 
+def test_a_model_that_is_there_already_can_be_the_anchor(first, clinic):
+    """The first run's, left as it is: the pack that is trained on it is the first run's, bit for bit."""
+    base = first / "stages/anchor/model"
+    other = run(clinic, "based", f"base.model={base}", "anchor.steps=0", "owners.radiology=null")
+    ours, theirs = (Pack.load(folder / "packs/billing") for folder in (other, first))
+    assert ours.anchor_hash == theirs.anchor_hash and ours.hashes() == theirs.hashes()
+    assert results(other)["anchor_hash"] == results(first)["anchor_hash"]
+    assert (other / "report.html").is_file() and read(other / "stages/anchor/metrics.jsonl") == []
+
+
 def test_no_training_text_is_in_what_a_run_says(first, clinic):
     """Logs, metrics and results may name documents; what stands in them stays in the shards."""
     text = json.loads((clinic / "billing.jsonl").read_text().splitlines()[0])["text"]

@@ -54,7 +54,8 @@ NOISE = {"noise_documents": 5}
             "did you mean owners.billing.data.max_characters?", id="typo-below-an-owner",
         ),
         refuse("model.zzz", 3, "model.zzz", "no such key", id="unlike-any-key"),
-        refuse("anchor.steps", -3, "anchor.steps", "-3", "greater than 0", id="negative-size"),
+        refuse("pack.train.steps", -3, "pack.train.steps", "-3", "greater than 0", id="negative-size"),
+        refuse("anchor.steps", 0, "anchor.steps=0", "want at least 1, or base.model", id="nothing-to-begin-with"),
         refuse("model.d_ff", 0, "model.d_ff", "0", "greater than 0", id="zero-size"),
         refuse("anchor.steps", "many", "anchor.steps", "'many'", "integer", id="text-for-a-number"),
         refuse("anchor.steps", 2.5, "anchor.steps", "2.5", "integer", id="a-fraction-of-a-step"),
@@ -116,7 +117,7 @@ def test_refusals_name_key_value_and_want(values, key, value, said):
 
 
 def test_all_that_is_wrong_is_said_at_once(values):
-    put(values, "anchor.steps", 0)
+    put(values, "anchor.steps", -1)
     put(values, "model.d_modl", 3)
     with pytest.raises(InputError, match=r"model\.d_modl.*anchor\.steps"):
         check(values)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from moe.config import BalanceConfig, TrackingConfig, TrainConfig
+from moe.config import BalanceConfig, TrainConfig
 from moe.data.loader import Loader, Source
 from moe.model import Decoder
 from moe.specialty.pack import open_slot
@@ -77,14 +77,12 @@ def job(tmp_path, train_config):
 
     def made(name: str = "job", precision: str = "float32", deepspeed: dict | None = None, **config) -> Job:
         return Job(
-            name=name,
             folder=Path(tmp_path / name),
             identity="the job's inputs",
             config=train_config(**config),
             precision=precision,
             balance=BalanceConfig(),
             seed=1,
-            tracking=TrackingConfig(),
             deepspeed=deepspeed or {},
         )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from moe.config import BalanceConfig, ModelConfig, TrackingConfig, TrainConfig
+from moe.config import BalanceConfig, ModelConfig, TrainConfig
 from moe.data.loader import Loader, Source
 from moe.data.shards import PackedDocuments
 from moe.eval.bits import bits_per_byte
@@ -41,7 +41,7 @@ def do(task: dict) -> None:
         world_size=dist.get_world_size(),
     )
     balance = BalanceConfig(**task.get("balance", {}))
-    job = Job("rank", Path(task["folder"]), "id", config, task["precision"], balance, 1, TrackingConfig(), {})
+    job = Job(Path(task["folder"]), "id", config, task["precision"], balance, 1, {})
     told_at = task["stop_after"] - 1  # a request is heard in the step after it
 
     def held_out(forward) -> dict:

@@ -5,12 +5,11 @@ import math
 
 import pytest
 
-from moe.config import TrackingConfig
 from moe.train.telemetry import Metrics, read
 
 
 def metrics(path, resume_at=0):
-    return Metrics(path, resume_at, TrackingConfig(), "test")
+    return Metrics(path, resume_at)
 
 
 @pytest.fixture
