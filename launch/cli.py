@@ -2,7 +2,6 @@
 away (SIGTERM): to be run again with --resume, 130 stopped on request.
 """
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -11,24 +10,19 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from launch import checkpoint_cli, cluster_cli
+from launch import checkpoint_cli, cluster_cli, data_cli, feedback_cli
+from launch.eval_cli import evaluate
 from launch.export_cli import export_model
 from launch.generate_cli import generate
 from launch.graph import ClusterGone, Preempted, RunFailed, Stopped
 from launch.import_cli import import_model
+from launch.merge_cli import merge, optout
 from launch.plan.command import plan
 from launch.preflight_cli import preflight
 from moe.errors import InputError
 from moe.train import preemption
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
-app.add_typer(checkpoint_cli.app, name="checkpoint")
-app.add_typer(cluster_cli.app, name="launch")
-app.command("import")(import_model)
-app.command("export")(export_model)
-app.command()(generate)
-app.command()(plan)
-app.command()(preflight)
 FAILED, WRONG_INPUT, PREEMPTED, STOPPED = 1, 2, preemption.EXIT_STATUS, 130
 
 
@@ -77,35 +71,18 @@ def report(run: Annotated[Path, typer.Argument(help="A finished run's folder, su
     Console().print(str(write_page(RunFolder(run))), soft_wrap=True, highlight=False, markup=False)
 
 
-@app.command()
-def optout(
-    model: Annotated[Path, typer.Argument(help="A merged model's folder, such as runs/quickstart/model.")],
-    owners: Annotated[list[str], typer.Argument(help="Who leaves.")],
-    out: Annotated[Path, typer.Option(help="The smaller model's folder; must not exist.")],
-) -> None:
-    """Write MODEL without the packs of OWNERS, the bits of a merge that never had them, and a certificate.
-
-    Example: polyclinic optout runs/quickstart/model billing --out without-billing
-    """
-    from moe.hf import folder
-    from moe.specialty.merge import certificate, opt_out
-
-    if out.exists():
-        raise InputError(f"{out} exists: want a folder that does not")
-    before = folder.load(model)
-    folder.save(out, opt_out(before, owners))
-    proof = certificate(before, folder.load(out))
-    (out / "certificate.json").write_text(json.dumps(proof, indent=1) + "\n")
-    left, unchanged = proof["removed_tensors_found_after"], proof["kept_tensors_unchanged"]
-    Console().print(
-        f"{out}: {len(proof['removed_tensors'])} tensors of {', '.join(owners)} removed, {len(left)} of them found "
-        f"after; all others {'unchanged' if unchanged else 'CHANGED'}; hashes in certificate.json",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
-    )
-    if left or not unchanged:
-        raise RunFailed(f"{out} is not what opting out promises; see its certificate.json")
+app.command("eval")(evaluate)
+app.command()(generate)
+app.command()(merge)
+app.command()(optout)
+app.command("import")(import_model)
+app.command("export")(export_model)
+app.command()(plan)
+app.command()(preflight)
+app.add_typer(cluster_cli.app, name="launch")
+app.add_typer(checkpoint_cli.app, name="checkpoint")
+app.add_typer(data_cli.app, name="data")
+app.add_typer(feedback_cli.app, name="feedback")
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from launch.owners import Owners, chosen
 from moe.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.8,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that make up so much of all.")] = 0.95,
     seed: Annotated[int, typer.Option(help="Of the drawing: the same one draws the same tokens.")] = 0,
-    owners: Annotated[str | None, typer.Option(help="Only packs of these, comma-separated; none: the anchor.")] = None,
+    owners: Owners = None,
     experts: Annotated[bool, typer.Option("--experts", help="Show each token's expert in every layer.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print tokens (with --experts theirs), for scripts.")] = False,
 ) -> None:
@@ -45,7 +46,7 @@ def generate(
 
     loaded = folder.load(model)
     if owners is not None:
-        loaded.decoder.use(_slots(loaded, owners))
+        loaded.use(chosen(owners))
     begin, end = tokenizers.ends(loaded.tokenizer, loaded.special)
     prompt_ids = [begin, *loaded.tokenizer.encode(text, add_special_tokens=False).ids]
     most = loaded.decoder.config.context_length - len(prompt_ids)
@@ -83,17 +84,6 @@ def _steps(loaded: "ModelFolder", prompt_ids: list[int], most: int, temperature:
     generator = torch.Generator().manual_seed(seed)
     for step in steps(loaded.decoder, [prompt_ids], most, temperature=temperature, top_p=top_p, generator=generator):
         yield step.token_B.item(), step.routes
-
-
-def _slots(loaded: "ModelFolder", owners: str) -> list[int]:
-    from moe.config import ANCHOR_SLOT
-
-    wanted = [name for name in owners.split(",") if name not in ("", "none")]
-    if not loaded.owners:
-        raise InputError(f"--owners {owners}: want a merged model, which this is not")
-    if unknown := [name for name in wanted if name not in loaded.owners]:
-        raise InputError(f"--owners: {unknown[0]} has no pack in this model: want some of {', '.join(loaded.owners)}")
-    return [ANCHOR_SLOT, *(loaded.owners[name] for name in wanted)]
 
 
 def _names(loaded: "ModelFolder") -> dict[int, str] | None:

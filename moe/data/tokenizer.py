@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from moe.errors import InputError
 
@@ -59,6 +59,10 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             f"tokenizer.vocab_size={vocab_size}: the text it learns from yields only {tokenizer.get_vocab_size()} "
             "tokens; want a smaller vocabulary or more text"
         )
+    # For others, who encode a text by AutoTokenizer: it begins as the model knows it.
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
     return _as_text_only(tokenizer)
 
 

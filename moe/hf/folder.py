@@ -10,6 +10,7 @@ Written under a temporary name and renamed: whole or absent.
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,16 @@ class ModelFolder:
     @property
     def special(self) -> tokenizers.Special:
         return tokenizers.special_of(self.tokenizer_config)
+
+    def use(self, owners: Iterable[str]) -> None:
+        """Route to the anchor and these owners' packs only. Raises InputError naming one that is not in the model."""
+        wanted = list(owners)
+        if not self.owners:
+            raise InputError(f"owners {', '.join(wanted) or 'none'} cannot be chosen: want a merged model, which this "
+                             "is not")
+        if unknown := [name for name in wanted if name not in self.owners]:
+            raise InputError(f"owner {unknown[0]} has no pack in this model: want some of {', '.join(self.owners)}")
+        self.decoder.use([ANCHOR_SLOT, *(self.owners[name] for name in wanted)])
 
     def identity(self) -> str:
         """Hash of every tensor, the sections and the tokenizer: H0 when this is an anchor."""

@@ -77,15 +77,19 @@ def test_what_is_shipped_knows_no_tests_or_benchmarks():
     [
         ("deepspeed", "moe/train/engine.py"),
         ("ray", "launch/"),
-        ("wandb", "moe/train/telemetry.py"),
+        ("wandb", "moe/tracking.py"),
         ("transformers", "moe/hf/"),
-        ("typer", ("launch/checkpoint_cli.py", "launch/cli.py", "launch/cluster_cli.py", "launch/export_cli.py",
-                   "launch/generate_cli.py", "launch/import_cli.py", "launch/plan/command.py",
+        ("typer", ("launch/checkpoint_cli.py", "launch/cli.py", "launch/cluster_cli.py", "launch/data_cli.py",
+                   "launch/eval_cli.py", "launch/export_cli.py", "launch/feedback_cli.py", "launch/generate_cli.py",
+                   "launch/import_cli.py", "launch/merge_cli.py", "launch/owners.py", "launch/plan/command.py",
                    "launch/preflight_cli.py")),
         ("omegaconf", "moe/config_file.py"),
         ("matplotlib", "moe/report/"),
         ("jinja2", "moe/report/"),
-        ("pyarrow", "moe/data/sources.py"),
+        ("pyarrow", "moe/data/files.py"),
+        ("lm_eval", "moe/eval/harness.py"),
+        ("presidio_analyzer", "moe/data/curation/deidentify.py"),
+        ("datasketch", "moe/data/curation/duplicates.py"),
     ],
 )
 def test_a_third_party_system_is_known_to_one_place(package, place):

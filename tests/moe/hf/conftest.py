@@ -87,11 +87,12 @@ def make_theirs():
 
 @pytest.fixture
 def foreign(tokenizer):
-    """A function: give a checkpoint a tokenizer as SmolLM2 has it, and say of it in this file what is given."""
+    """A function: give a checkpoint a tokenizer as SmolLM2 has it, which puts nothing before a text, and say of it in
+    this file what is given."""
 
     def give(folder, **files):
         names = {"<|bos|>": "<|endoftext|>", "<|eos|>": "<|im_start|>", "<|pad|>": "<|im_end|>"}
-        text = tokenizer.to_str()
+        text = json.dumps(json.loads(tokenizer.to_str()) | {"post_processor": None}, ensure_ascii=False)
         for ours, theirs in names.items():
             text = text.replace(ours, theirs)
         (folder / "tokenizer.json").write_text(text)

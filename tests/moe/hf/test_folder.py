@@ -102,7 +102,7 @@ def test_transformers_reads_the_tokenizer(saved, tokenizer):
     bos, eos = tokenizer.token_to_id("<|bos|>"), tokenizer.token_to_id("<|eos|>")
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token) == (bos, eos, "<|pad|>")
     for text, ours in zip(texts, encode(tokenizer, texts), strict=True):
-        assert [bos, *theirs.encode(text, add_special_tokens=False), eos] == ours
+        assert [bos, *theirs.encode(text, add_special_tokens=False), eos] == ours == [*theirs.encode(text), eos]
         assert theirs.decode(ours, skip_special_tokens=True, clean_up_tokenization_spaces=False) == text
 
 

@@ -1,0 +1,95 @@
+"""`polyclinic eval`: bits per byte of files, with and without owners; lm-eval's tasks; wrong input in a sentence."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from launch.cli import app
+from moe.errors import InputError
+from moe.eval.bits import bits_per_byte
+from moe.hf import folder
+from moe.specialty.merge import merge, opt_out
+
+
+def told(*arguments):
+    result = CliRunner().invoke(app, ["eval", *map(str, arguments)])
+    if result.exception:
+        raise result.exception
+    return result.stdout
+
+
+@pytest.fixture
+def model(make_anchor, make_pack):
+    anchor = make_anchor()
+    return merge(anchor, [make_pack(anchor, owner, slot) for owner, slot in (("billing", 1), ("radiology", 7))])
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    folder.save(tmp_path / "model", model)
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def file(make_documents, tmp_path):
+    rows = make_documents(8, seed=3)
+    path = tmp_path / "held-out.jsonl"
+    path.write_text("".join(json.dumps({"id": row.id, "text": row.text}) + "\n" for row in rows))
+    return path
+
+
+def test_bits_of_each_subset(saved, model, file, make_documents, packed):
+    answer = json.loads(told(saved, f"films={file}", "--removals", "--json"))
+    found = answer["texts"]["films"]["bpb"]
+    assert list(found) == ["all owners", "without billing", "without radiology", "anchor alone"]
+    text = packed(make_documents(8, seed=3))
+    for who, leaving in (("all owners", []), ("without billing", ["billing"]),
+                         ("anchor alone", ["billing", "radiology"])):
+        want = bits_per_byte(opt_out(model, leaving).decoder, text, None)
+        assert found[who] == want, who  # the same bits: masked and never merged
+    assert len(set(found.values())) == 4
+    chosen = json.loads(told(saved, file, "--owners", "radiology", "--json"))["texts"]["held-out"]
+    assert chosen["bpb"] == {"radiology": found["without billing"]}
+    few = json.loads(told(saved, file, "--max-tokens", "60", "--json"))["texts"]["held-out"]
+    assert 0 < few["bytes"] < chosen["bytes"]
+
+
+def test_tables_for_people(saved, file):
+    screen = told(saved, file, "--removals")
+    assert "bits per byte" in screen and "without radiology" in screen and "Not for clinical use." in screen
+
+
+def test_tasks_of_a_folder(saved, file, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="wants the package lm-eval: pip install -e '.[eval]'")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/films.yaml").write_text(
+        f"task: films\ndataset_path: json\noutput_type: loglikelihood_rolling\ntest_split: test\n"
+        f"dataset_kwargs: {{data_files: {{test: {file}}}, cache_dir: {tmp_path}}}\n"
+        "doc_to_text: ''\ndoc_to_target: '{{text}}'\nmetric_list: [{metric: bits_per_byte}]\n")  # fmt: skip
+    options = ("--task", "films", "--include", tmp_path / "tasks", "--limit", "4")
+    found = json.loads(told(saved, *options, "--json"))["tasks"]["films"]
+    assert 0 < found["bits_per_byte,none"] < 20
+    assert "films" in told(saved, *options)
+    with pytest.raises(InputError, match="task exams is not known to lm-eval and .*tasks"):
+        told(saved, "--task", "exams", "--include", tmp_path / "tasks")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ((), "nothing to measure"),
+    (("x.txt",), "x: x.txt is no file of documents"),
+    (("FILE", "FILE"), "two texts are called held-out: want a name before each, such as new="),
+    (("FILE", "--owners", "dentist"), "owner dentist has no pack in this model: want some of billing, radiology"),
+    (("FILE", "--include", "nowhere"), "--include nowhere is no folder"),
+])
+def test_refuses(arguments, message, saved, file):
+    with pytest.raises(InputError, match=message):
+        told(saved, *(file if argument == "FILE" else argument for argument in arguments))
+
+
+def test_a_model_without_owners(make_anchor, tmp_path, file):
+    folder.save(tmp_path / "dense", make_anchor())
+    assert list(json.loads(told(tmp_path / "dense", file, "--json"))["texts"]["held-out"]["bpb"]) == ["the model"]
+    with pytest.raises(InputError, match="want a merged model"):
+        told(tmp_path / "dense", file, "--removals")
