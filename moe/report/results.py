@@ -53,7 +53,7 @@ def write_results(
             "share_by_layer": {domain: figures["share_by_layer"] for domain, figures in domains.items()},
         },
         "throughput": {
-            "anchor": throughput(run, "anchor", config.cluster.anchor_workers),
+            **({"anchor": throughput(run, "anchor", config.cluster.anchor_workers)} if config.anchor.steps else {}),
             **{
                 f"pack-{owner}": throughput(run, f"pack-{owner}", config.cluster.owner_workers)
                 for owner in config.owners
