@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from launch.owners import Owners, chosen
+from launch.use_options import Mix, Owners, chosen, mix_in
 from moe.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def evaluate(
     texts: Annotated[list[str] | None, typer.Argument(
         metavar="[NAME=]FILE", help="Documents, .jsonl or .parquet with a text column: their bits per byte.")] = None,
     owners: Owners = None,
+    mix: Mix = None,
     removals: Annotated[bool, typer.Option("--removals", help="Also without each owner, and anchor alone.")] = False,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Of each text; default: all.")] = None,
     task: Annotated[list[str] | None, typer.Option(help="A task of lm-eval, by name; may be repeated.")] = None,
@@ -46,6 +47,7 @@ def evaluate(
 
     loaded = folder.load(model, "cuda" if torch.cuda.is_available() else "cpu")
     subsets = _subsets(loaded, None if owners is None else chosen(owners), removals)
+    mix_in(loaded, mix)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
         measured = _bits(loaded, files, subsets, max_tokens, shown)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from launch.owners import Owners, chosen
+from launch.use_options import Mix, Owners, chosen, mix_in
 from moe.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that make up so much of all.")] = 0.95,
     seed: Annotated[int, typer.Option(help="Of the drawing: the same one draws the same tokens.")] = 0,
     owners: Owners = None,
+    mix: Mix = None,
     experts: Annotated[bool, typer.Option("--experts", help="Show each token's expert in every layer.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print tokens (with --experts theirs), for scripts.")] = False,
 ) -> None:
@@ -47,6 +48,7 @@ def generate(
     loaded = folder.load(model)
     if owners is not None:
         loaded.use(chosen(owners))
+    mix_in(loaded, mix)
     begin, end = tokenizers.ends(loaded.tokenizer, loaded.special)
     prompt_ids = [begin, *loaded.tokenizer.encode(text, add_special_tokens=False).ids]
     most = loaded.decoder.config.context_length - len(prompt_ids)

@@ -35,11 +35,13 @@ def merge(
 
     merged = packs_and_anchor.merge(folder.load(anchor), [Pack.load(pack) for pack in packs])
     folder.save(out, merged)
-    said = {"model_hash": merged.identity(), "anchor_hash": merged.anchor_hash, "slots": merged.owners}
+    said = {"model_hash": merged.identity(), "anchor_hash": merged.anchor_hash, "slots": merged.owners,
+            "stakeholders": {owner: sorted(groups) for owner, groups in merged.deltas.items()}}
     if as_json:
         print(json.dumps(said, indent=1))
         return
-    slots = ", ".join(f"{owner} (slot {slot})" for owner, slot in merged.owners.items())
+    aligned = {owner: f", for {' and '.join(groups)}" for owner, groups in said["stakeholders"].items()}
+    slots = ", ".join(f"{owner} (slot {slot}{aligned.get(owner, '')})" for owner, slot in merged.owners.items())
     _say(f"{out}: {slots} on anchor {said['anchor_hash'][:12]}; the model's hash is {said['model_hash'][:12]}")
 
 

@@ -19,8 +19,8 @@ from typing import Any, BinaryIO, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from moe.config import STAKEHOLDERS
 from moe.config.section import NAME, Section
-from moe.data.demonstration import GROUPS
 from moe.errors import InputError
 from moe.manifest import value_hash
 
@@ -32,7 +32,7 @@ class Judgement(Section):
     """One line of a queue."""
 
     owner: str  # whose expert is to learn from it
-    stakeholder: Literal[*GROUPS]  # who judges
+    stakeholder: Literal[*STAKEHOLDERS]  # who judges
     prompt: str = Field(min_length=1)
     answer: str | None = None  # with a thumb; or
     thumb: Literal["up", "down"] | None = None

@@ -22,7 +22,7 @@ from moe.data import shards
 from moe.data import tokenizer as tokenizers
 from moe.data.shards import Document, PackedDocuments
 from moe.hf.folder import ModelFolder
-from moe.model import Decoder
+from moe.model import Decoder, deltas
 from moe.specialty.pack import Pack
 
 VOCABULARY = 280
@@ -91,9 +91,10 @@ def make_anchor(model_config, tokenizer):
 
 @pytest.fixture
 def make_pack():
-    """A function: a pack as training could have left it, experts near the anchor's, rows and biases not zero."""
+    """A function: a pack as training could have left it, experts near the anchor's, rows and biases not zero, with
+    updates of these ranks for stakeholder groups."""
 
-    def pack(anchor: ModelFolder, owner: str, slot: int) -> Pack:
+    def pack(anchor: ModelFolder, owner: str, slot: int, **ranks: int) -> Pack:
         generator = torch.Generator().manual_seed(slot)
         decoder, tensors = anchor.decoder, {}
         for number, layer in enumerate(decoder.layers):
@@ -103,6 +104,10 @@ def make_pack():
                 tensors[f"layers.{number}.{name}"] = (weight + 0.5 * noise).to(weight.dtype)
             tensors[f"layers.{number}.row"] = torch.randn(decoder.config.d_model, generator=generator)
             tensors[f"layers.{number}.bias"] = 0.1 * torch.randn((), generator=generator)
+            for group, rank in ranks.items():
+                for name, shape in deltas.shapes(rank, decoder.config.d_model, decoder.config.d_ff).items():
+                    update = torch.randn(shape, generator=generator) * 0.5
+                    tensors[f"layers.{number}.deltas.{group}.{name}"] = update.to(decoder.embedding.weight.dtype)
         return Pack(owner, slot, anchor.identity(), tensors, {})
 
     return pack

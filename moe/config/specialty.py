@@ -13,6 +13,7 @@ from moe.config.section import NAME, FilePath, Section, Share
 from moe.config.training import TrainConfig
 
 PUBLIC = "public"  # the anchor's domain
+STAKEHOLDERS = ("clinician", "patient", "payer", "educator")  # groups whose preferences a pack may hold
 ANCHOR, ANCHOR_SLOT = "anchor", 0
 
 

@@ -23,10 +23,20 @@ model.set_owners(["{owner}"])  # these owners' and the anchor; [] the anchor alo
 | owner | slot |
 |---|---|
 """
+STAKEHOLDERS = """
+So can how much of what stakeholder groups prefer is used; of groups that are not named nothing is:
+
+```python
+model.set_stakeholders({{"{group}": 0.5}})
+```
+
+| owner | aligned with |
+|---|---|
+"""
 
 
 def card(folder: Path, source: Path, family: str, config: ModelConfig, vocab_size: int, owners: dict[str, int],
-         slots: tuple[int, ...], dtype: str, lineage: dict[str, str]) -> str:
+         slots: tuple[int, ...], deltas: dict[str, dict[str, int]], dtype: str, lineage: dict[str, str]) -> str:
     """Its text. `lineage` are hashes by what they are of."""
     own = family == "polyclinic"
     lines = ["---", "library_name: transformers", "tags: [polyclinic]", "---", f"# {folder.name}", "",
@@ -43,6 +53,9 @@ def card(folder: Path, source: Path, family: str, config: ModelConfig, vocab_siz
         text += OWNERS.format(owner=next(iter(owners)))
         text += f"| the anchor | {ANCHOR_SLOT} |\n"
         text += "".join(f"| {name} | {slot} |\n" for name, slot in sorted(owners.items(), key=lambda item: item[1]))
+    if deltas:
+        text += STAKEHOLDERS.format(group=next(iter(next(iter(deltas.values())))))
+        text += "".join(f"| {name} | {', '.join(sorted(groups))} |\n" for name, groups in sorted(deltas.items()))
     text += "\n## Lineage\n\nSHA-256; of every tensor there is one in export.json.\n\n| of | hash |\n|---|---|\n"
     return text + "".join(f"| {name} | `{digest}` |\n" for name, digest in lineage.items())
 

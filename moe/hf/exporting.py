@@ -87,7 +87,7 @@ def export_folder(source: Path, out: Path, family: str = AUTO, precision: str | 
         _describe(partial, ours, family, their_config, dtype)
         (partial / "README.md").write_text(card(
             out, source, family, outline.config, outline.embedding.num_embeddings, ours.config["owners"], outline.slots,
-            str(dtype).removeprefix("torch."), lineage))
+            ours.config.get("deltas", {}), str(dtype).removeprefix("torch."), lineage))
         written = {
             "schema": 1,
             "family": family,

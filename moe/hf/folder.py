@@ -1,6 +1,7 @@
 """A model in Hugging Face layout.
 
-    FOLDER/config.json             the model's sections, its slots and owners, and the anchor's hash
+    FOLDER/config.json             the model's sections, its slots and owners, the ranks of their deltas for stakeholder
+                                   groups, and the anchor's hash
     FOLDER/model.safetensors       tensors under the decoder's own names; or shards, and model.safetensors.index.json
     FOLDER/tokenizer.json, tokenizer_config.json     what AutoTokenizer reads
 
@@ -8,9 +9,10 @@ Written under a temporary name and renamed: whole or absent.
 """
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,8 @@ from moe.manifest import value_hash
 from moe.model import Decoder
 
 MODEL_TYPE = "polyclinic"
+
+Deltas = dict[str, dict[str, int]]  # owner -> stakeholder group -> rank of its update
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,22 @@ class ModelFolder:
             raise InputError(f"owner {unknown[0]} has no pack in this model: want some of {', '.join(self.owners)}")
         self.decoder.use([ANCHOR_SLOT, *(self.owners[name] for name in wanted)])
 
+    @property
+    def deltas(self) -> Deltas:
+        return {name: self.decoder.ranks[slot] for name, slot in self.owners.items() if slot in self.decoder.ranks}
+
+    def mix(self, mix: Mapping[str, float]) -> None:
+        """Use so much of what each stakeholder group prefers (lambda by group; of those left out, nothing). Raises
+        InputError naming a group that no pack in the model was aligned with, or a lambda that is no number."""
+        groups = sorted({group for ranks in self.deltas.values() for group in ranks})
+        known = f"some of {', '.join(groups)}" if groups else "none, because no pack of it has any"
+        for group, weight in mix.items():
+            if group not in groups:
+                raise InputError(f"stakeholder group {group} is not in this model: want {known}")
+            if not math.isfinite(weight):
+                raise InputError(f"stakeholder group {group} has weight {weight}: want a number, such as 0.5")
+        self.decoder.mix(mix)
+
     def identity(self) -> str:
         """Hash of every tensor, the sections and the tokenizer: H0 when this is an anchor."""
         return value_hash(
@@ -79,7 +99,8 @@ def save(folder: Path, model: ModelFolder) -> None:
     write_tensors(tensors, temporary / TENSORS)
     names = {f"{kind}_token": name for kind, name in model.special._asdict().items()}
     token_ids = {f"{key}_id": name and model.tokenizer.token_to_id(name) for key, name in names.items()}
-    write_config(temporary, decoder, decoder.embedding.weight.dtype, token_ids, model.owners, model.anchor_hash)
+    write_config(temporary, decoder, decoder.embedding.weight.dtype, token_ids, model.owners, model.anchor_hash,
+                 model.deltas)
     if model.tokenizer_config is None:
         PreTrainedTokenizerFast(tokenizer_object=model.tokenizer, **names).save_pretrained(temporary)
     else:
@@ -90,7 +111,8 @@ def save(folder: Path, model: ModelFolder) -> None:
 
 
 def write_config(folder: Path, decoder: Decoder, dtype: torch.dtype, token_ids: dict[str, int | list[int] | None],
-                 owners: dict[str, int] | None = None, anchor_hash: str | None = None) -> None:
+                 owners: dict[str, int] | None = None, anchor_hash: str | None = None, deltas: Deltas | None = None
+                 ) -> None:  # fmt: skip
     """The decoder needs no weights."""
     config = {
         "model_type": MODEL_TYPE,
@@ -101,6 +123,7 @@ def write_config(folder: Path, decoder: Decoder, dtype: torch.dtype, token_ids: 
         **decoder.config.model_dump(mode="json", exclude_none=True),
         "slots": list(decoder.slots),
         "owners": owners or {},
+        **({"deltas": deltas} if deltas else {}),
         "anchor_hash": anchor_hash,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -123,7 +146,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> ModelFolder:
                 f"{folder}/{TENSORS}: tensor {name} is {None if got is None else list(got.shape)}: "
                 f"want {list(wanted[name].shape) if name in wanted else 'no such tensor'}"
             )
-    decoder = Decoder(described.config, described.embedding.num_embeddings, described.slots)
+    decoder = Decoder(described.config, described.embedding.num_embeddings, described.slots, ranks=described.ranks)
     decoder = decoder.to(device)  # buffers are computed, not stored
     decoder.load_state_dict(tensors, assign=True)
     tokenizer, config = tokenizers.load(folder / "tokenizer.json"), tokenizers.load_config(folder / "tokenizer.json")
@@ -180,8 +203,11 @@ def _described(folder: Path) -> tuple[Decoder, dict[str, int], str | None]:
         # Keys that have come since the folder was written are at their defaults there.
         section = ModelConfig.model_validate({key: config[key] for key, field in ModelConfig.model_fields.items()
                                               if field.is_required() or key in config})
+        owners = config["owners"]
+        ranks = {owners[name]: groups for name, groups in config.get("deltas", {}).items()}
         with torch.device("meta"):
-            return Decoder(section, config["vocab_size"], config["slots"]), config["owners"], config["anchor_hash"]
+            decoder = Decoder(section, config["vocab_size"], config["slots"], ranks=ranks)
+        return decoder, owners, config["anchor_hash"]
     except KeyError as error:
         raise InputError(f"{folder}/config.json does not describe a model: {error.args[0]} is missing") from error
     except ValidationError as error:

@@ -18,6 +18,7 @@ from moe.config import Llama3ScalingConfig, ModelConfig
 from moe.hashing import seed_of
 from moe.model.attention import Context
 from moe.model.cache import KVCache
+from moe.model.deltas import Mix, Ranks
 from moe.model.embedding import Embedding
 from moe.model.experts import DenseFFN
 from moe.model.layer import Layer
@@ -37,12 +38,14 @@ class Output(NamedTuple):
 
 class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int, slots: Iterable[int] = (), mesh: Mesh = ALONE,
-                 exchange_chunks: int = 1):
+                 exchange_chunks: int = 1, ranks: Ranks | None = None):
         """The ordinary mixture that `config.mixture` describes, its experts spread over the ranks of `mesh`. Without
-        that section: a dense model; with slots, a specialty model, every FFN a mixture of one expert for each slot.
-        Weights are not initialised: call `initialise` or load them."""
+        that section: a dense model; with slots, a specialty model, every FFN a mixture of one expert for each slot,
+        and with ranks, updates of these experts for stakeholder groups. Weights are not initialised: call `initialise`
+        or load them."""
         super().__init__()
         self.config, self.slots, self.mesh = config, tuple(sorted(slots)), mesh
+        self.ranks = {slot: dict(groups) for slot, groups in sorted((ranks or {}).items()) if groups}
         assert not (config.mixture and self.slots), "a specialty model is no ordinary mixture"
         self.embedding = Embedding(vocab_size, config.d_model)
         self.layers = nn.ModuleList(Layer(config, number, self._ffn(number, exchange_chunks))
@@ -55,7 +58,8 @@ class Decoder(nn.Module):
     def _ffn(self, number: int, exchange_chunks: int) -> nn.Module:
         config, D = self.config, self.config.d_model
         if self.slots:
-            return MixtureFFN(D, config.d_ff, Router(D, config.num_slots, Gate(config.top_k), self.slots))
+            router = Router(D, config.num_slots, Gate(config.top_k), self.slots)
+            return MixtureFFN(D, config.d_ff, router, ranks=self.ranks)
         if config.mixture and number not in config.mixture.dense_layers:
             return MixtureFFN.ordinary(D, config.mixture, self.mesh, exchange_chunks)
         return DenseFFN(D, config.d_ff)
@@ -126,8 +130,15 @@ class Decoder(nn.Module):
         for layer in self.layers:
             layer.ffn.router.use(slots)
 
+    def mix(self, mix: Mix) -> None:
+        """Use so much of what each stakeholder group prefers, in every layer. Holds for the weights as they are: after
+        they have been cast, moved or loaded it is to be called again."""
+        for mixture in self.mixtures().values():
+            mixture.mix(mix)
+
     def cast(self, dtype: torch.dtype) -> "Decoder":
         """Weights to `dtype`, but for the routers, which stay in float32 and keep their bits."""
+        self.mix({})
         routers = {id(p) for module in self.modules() if isinstance(module, Router) for p in module.parameters()}
         for parameter in self.parameters():
             parameter.data = parameter.data.to(torch.float32 if id(parameter) in routers else dtype)

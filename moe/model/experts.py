@@ -16,13 +16,14 @@ class Experts(nn.Module):
         super().__init__()
         self.w_gate_up = nn.Parameter(torch.empty(num_experts, 2 * d_ff, d_model))  # [E, 2F, D], gate rows first
         self.w_down = nn.Parameter(torch.empty(num_experts, d_model, d_ff))  # [E, D, F]
+        self.mixed: tuple[Tensor, Tensor] | None = None  # used in their place: with stakeholders' deltas in them
 
     def __len__(self) -> int:
         return self.w_gate_up.shape[0]
 
     def forward(self, x_TD: Tensor, dispatch: Dispatch, weight_TK: Tensor, base_TD: Tensor | None = None) -> Tensor:
         """Every token through the experts it is dispatched to, summed with these weights, and added to the base."""
-        return kernels.experts(x_TD, self.w_gate_up, self.w_down, dispatch, weight_TK, base_TD)
+        return kernels.experts(x_TD, *(self.mixed or (self.w_gate_up, self.w_down)), dispatch, weight_TK, base_TD)
 
     def alone(self, x_TD: Tensor) -> Tensor:
         """Every token through the one expert there is."""

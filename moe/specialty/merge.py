@@ -33,10 +33,12 @@ def merge(anchor: ModelFolder, packs: Sequence[Pack]) -> ModelFolder:
             raise InputError(f"owner {pack.owner} has two packs, which could not leave together: want one")
         if pack.slot in holder:
             raise InputError(f"packs {holder[pack.slot]} and {pack.owner} both claim slot {pack.slot}: want one each")
+        pack.check(anchor.decoder.config)
         holder[pack.slot] = pack.owner
     packs = sorted(packs, key=lambda pack: pack.slot)
     source = anchor.decoder
-    merged = Decoder(source.config, source.embedding.num_embeddings, [ANCHOR_SLOT, *holder])
+    ranks = {pack.slot: pack.ranks for pack in packs}
+    merged = Decoder(source.config, source.embedding.num_embeddings, [ANCHOR_SLOT, *holder], ranks=ranks)
     merged.cast(source.embedding.weight.dtype)
     tensors = dict(source.state_dict())
     for number in range(len(merged.layers)):
@@ -49,6 +51,9 @@ def merge(anchor: ModelFolder, packs: Sequence[Pack]) -> ModelFolder:
         for pack in packs:
             table[pack.slot] = pack.tensors[f"{layer}.row"]
             bias[pack.slot] = pack.tensors[f"{layer}.bias"]
+            own = f"{layer}.deltas."
+            tensors |= {f"{layer}.ffn.deltas.{pack.slot}.{name.removeprefix(own)}": tensor
+                        for name, tensor in pack.tensors.items() if name.startswith(own)}  # fmt: skip
         tensors[f"{layer}.ffn.router.table"], tensors[f"{layer}.ffn.router.bias"] = table, bias
     merged.load_state_dict(tensors)
     owners = {pack.owner: pack.slot for pack in packs}
@@ -64,7 +69,8 @@ def opt_out(model: ModelFolder, owners: Iterable[str]) -> ModelFolder:
         raise InputError(f"owner {min(unknown)} is not in the model: want some of {', '.join(model.owners)}")
     stay = {name: slot for name, slot in model.owners.items() if name not in leaving}
     source = model.decoder
-    smaller = Decoder(source.config, source.embedding.num_embeddings, [ANCHOR_SLOT, *stay.values()])
+    ranks = {slot: source.ranks.get(slot, {}) for slot in stay.values()}
+    smaller = Decoder(source.config, source.embedding.num_embeddings, [ANCHOR_SLOT, *stay.values()], ranks=ranks)
     smaller.cast(source.embedding.weight.dtype)
     kept = [source.slots.index(slot) for slot in smaller.slots]
     gone = [slot for slot in source.slots if slot not in smaller.slots]
@@ -75,6 +81,8 @@ def opt_out(model: ModelFolder, owners: Iterable[str]) -> ModelFolder:
         elif ".router." in name:
             tensor = tensor.clone()
             tensor[gone] = 0
+        elif _delta_slot(name) in gone:
+            continue
         tensors[name] = tensor
     smaller.load_state_dict(tensors)
     return replace(model, decoder=smaller, owners=stay)
@@ -105,7 +113,8 @@ Slices = dict[tuple[str, int | None], str]  # (tensor, slot; None where it belon
 
 
 def _slices(decoder: Decoder) -> Slices:
-    """Hashes of each expert's matrices, of every router row and bias, vacant ones too, and of all shared tensors."""
+    """Hashes of each expert's matrices and of their updates, of every router row and bias, vacant ones too, and of all
+    shared tensors."""
     slices: Slices = {}
     for name, tensor in decoder.state_dict().items():
         if ".experts." in name:
@@ -113,8 +122,14 @@ def _slices(decoder: Decoder) -> Slices:
         elif ".router." in name:
             slices |= {(name, slot): tensor_hash(row) for slot, row in enumerate(tensor)}
         else:
-            slices[name, None] = tensor_hash(tensor)
+            slices[name, _delta_slot(name)] = tensor_hash(tensor)
     return slices
+
+
+def _delta_slot(name: str) -> int | None:
+    """Whose expert a tensor is an update of, for a stakeholder group; None where it is another tensor."""
+    _, delta, rest = name.partition(".ffn.deltas.")
+    return int(rest.partition(".")[0]) if delta else None
 
 
 def _without(slots: set[int], slices: Slices) -> Slices:

@@ -4,7 +4,9 @@ It is trained in a mixture of two, the anchor's frozen FFN and the owner's copy 
 loss. Attention, norms and embedding are the anchor's and frozen too, so packs of different owners fit together. The
 router is not trained but fitted (moe.specialty.triage), again and again while the expert learns.
 
-    PACK/pack.safetensors    layers.L.w_gate_up [2F, D], layers.L.w_down [D, F], layers.L.row [D], layers.L.bias []
+    PACK/pack.safetensors    layers.L.w_gate_up [2F, D], layers.L.w_down [D, F], layers.L.row [D], layers.L.bias [], and
+                             of each stakeholder group that it was aligned with layers.L.deltas.GROUP.PART
+                             (moe.model.deltas has the parts)
     PACK/pack.json           owner, slot, H0, hashes of the data's manifests, of the training's inputs, of every tensor
 """
 
@@ -23,10 +25,10 @@ from torch import Tensor, nn
 import kernels
 from kernels import Gate, Route
 from moe import manifest as manifests
-from moe.config import ANCHOR_SLOT
+from moe.config import ANCHOR_SLOT, STAKEHOLDERS, ModelConfig
 from moe.errors import InputError
 from moe.hashing import tensor_hash, tensor_hashes
-from moe.model import Decoder
+from moe.model import Decoder, deltas
 from moe.model.experts import Experts
 
 TENSORS, MANIFEST = "pack.safetensors", "pack.json"
@@ -92,6 +94,25 @@ class Pack:
 
     def hashes(self) -> dict[str, str]:
         return tensor_hashes(self.tensors)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Of the updates for stakeholder groups, by group."""
+        found = {group: self.tensors.get(f"layers.0.deltas.{group}.gate_up_a") for group in STAKEHOLDERS}
+        return {group: len(tensor) for group, tensor in found.items() if tensor is not None}
+
+    def check(self, config: ModelConfig) -> None:
+        """That its tensors are those of a pack for a model of these sizes. Raises InputError naming one that is not."""
+        D, F = config.d_model, config.d_ff
+        shapes: dict[str, tuple[int, ...]] = {"w_gate_up": (2 * F, D), "w_down": (D, F), "row": (D,), "bias": ()}
+        for group, rank in self.ranks.items():
+            shapes |= {f"deltas.{group}.{name}": shape for name, shape in deltas.shapes(rank, D, F).items()}
+        wanted = {f"layers.{number}.{name}": list(shape) for number in range(config.num_layers)
+                  for name, shape in shapes.items()}  # fmt: skip
+        for name in sorted(wanted.keys() | self.tensors.keys()):
+            got = list(self.tensors[name].shape) if name in self.tensors else "missing"
+            if got != (want := wanted.get(name, "no such tensor")):
+                raise InputError(f"pack {self.owner}: tensor {name} is {got}: want {want}")
 
     def save(self, folder: Path) -> None:
         temporary = folder.with_name(f".{folder.name}.partial")

@@ -22,7 +22,7 @@ def told(*arguments):
 @pytest.fixture
 def model(make_anchor, make_pack):
     anchor = make_anchor()
-    return merge(anchor, [make_pack(anchor, owner, slot) for owner, slot in (("billing", 1), ("radiology", 7))])
+    return merge(anchor, [make_pack(anchor, "billing", 1), make_pack(anchor, "radiology", 7, patient=2)])
 
 
 @pytest.fixture
@@ -55,6 +55,15 @@ def test_bits_of_each_subset(saved, model, file, make_documents, packed):
     assert 0 < few["bytes"] < chosen["bytes"]
 
 
+def test_what_stakeholders_prefer_is_mixed_in(saved, file):
+    found = {mix: json.loads(told(saved, file, *mix, "--removals", "--json"))["texts"]["held-out"]["bpb"]
+             for mix in ((), ("--mix", "patient=0"), ("--mix", "patient=1"))}  # fmt: skip
+    plain, nothing, patient = found.values()
+    assert plain == nothing
+    moved = {who for who in plain if patient[who] != plain[who]}
+    assert moved == {"all owners", "without billing"}  # only radiology's expert was aligned
+
+
 def test_tables_for_people(saved, file):
     screen = told(saved, file, "--removals")
     assert "bits per byte" in screen and "without radiology" in screen and "Not for clinical use." in screen
@@ -82,6 +91,10 @@ def test_tasks_of_a_folder(saved, file, tmp_path, monkeypatch):
     (("FILE", "FILE"), "two texts are called held-out: want a name before each, such as new="),
     (("FILE", "--owners", "dentist"), "owner dentist has no pack in this model: want some of billing, radiology"),
     (("FILE", "--include", "nowhere"), "--include nowhere is no folder"),
+    (("FILE", "--mix", "patient"), "--mix patient: want GROUP=LAMBDA"),
+    (("FILE", "--mix", "patient=much"), "--mix patient=much: want GROUP=LAMBDA"),
+    (("FILE", "--mix", "patient=1,patient=0"), "names patient twice"),
+    (("FILE", "--mix", "payer=1"), "group payer is not in this model: want some of patient"),
 ])
 def test_refuses(arguments, message, saved, file):
     with pytest.raises(InputError, match=message):

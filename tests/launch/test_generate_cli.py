@@ -84,6 +84,7 @@ def test_the_same_seed_draws_the_same_text_from_the_standard_input(saved):
 
 @pytest.mark.parametrize("arguments, message", [
     (("x", "--owners", "dentist"), "owners dentist cannot be chosen: want a merged model"),
+    (("x", "--mix", "patient=1"), "group patient is not in this model: want none, because no pack of it has any"),
     (("",), "the prompt is empty"),
     (("x", "--top-p", "0"), "--top-p 0: want more than 0"),
     (("the chest film " * 60,), "the prompt has .* tokens: want fewer than model.context_length="),

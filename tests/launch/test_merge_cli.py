@@ -27,7 +27,7 @@ def clinic(make_anchor, make_pack, tmp_path):
     anchor = make_anchor()
     folder.save(tmp_path / "anchor", anchor)
     for owner, slot in (("billing", 1), ("radiology", 7)):
-        make_pack(anchor, owner, slot).save(tmp_path / owner)
+        make_pack(anchor, owner, slot, **({"patient": 2} if owner == "radiology" else {})).save(tmp_path / owner)
     return tmp_path
 
 
@@ -37,7 +37,7 @@ def merged(clinic, *owners, out):
 
 def test_merge_in_any_order(clinic):
     said = merged(clinic, "radiology", "billing", out="one")
-    assert said["slots"] == {"billing": 1, "radiology": 7}
+    assert said["slots"] == {"billing": 1, "radiology": 7} and said["stakeholders"] == {"radiology": ["patient"]}
     assert said["anchor_hash"] == folder.load(clinic / "anchor").identity()
     assert merged(clinic, "billing", "radiology", out="two") == said
     assert (clinic / "one/model.safetensors").read_bytes() == (clinic / "two/model.safetensors").read_bytes()

@@ -2,7 +2,7 @@
 
     build            documents, questions and preferences of one specialty, with a manifest
     check_installed  whether the packages are there, before anything is built
-    stakeholder_score, GROUPS    the rule by which four groups judge an answer
+    stakeholder_score    the rule by which the four stakeholder groups judge an answer
 
 Reading order: corpus (rows and topics), chance (the split), selection (the cap), then one file for each
 source.
@@ -10,6 +10,6 @@ source.
 
 from moe.data.demonstration.builder import build, check_installed
 from moe.data.demonstration.corpus import OWNERS, SPECIALTIES, TABLES
-from moe.data.demonstration.stakeholders import GROUPS, stakeholder_score
+from moe.data.demonstration.stakeholders import stakeholder_score
 
-__all__ = ["GROUPS", "OWNERS", "SPECIALTIES", "TABLES", "build", "check_installed", "stakeholder_score"]
+__all__ = ["OWNERS", "SPECIALTIES", "TABLES", "build", "check_installed", "stakeholder_score"]

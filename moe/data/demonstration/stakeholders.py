@@ -11,10 +11,10 @@ import hashlib
 import re
 from collections.abc import Mapping
 
+from moe.config import STAKEHOLDERS
 from moe.data.demonstration.chance import Chance
 from moe.data.demonstration.corpus import Corpus, Subject, as_prompt
 
-GROUPS = ("clinician", "patient", "payer", "educator")
 STYLES = ("coded", "plain", "precise", "reasoned")
 
 PATTERNS = {
@@ -62,17 +62,17 @@ def judge(corpus: Corpus, chance: Chance, subject: Subject, prompt: str, answers
     first, second = chance.rng("pair", subject.concept, prompt).sample(STYLES, 2)
     margin = {
         group: stakeholder_score(group, answers[first]) - stakeholder_score(group, answers[second])
-        for group in GROUPS
+        for group in STAKEHOLDERS
     }
     if not all(margin.values()):
         corpus.dropped["preferences"]["a group likes both answers alike"] += 1
         return
-    likes_first = {group: margin[group] > 0 for group in GROUPS}
+    likes_first = {group: margin[group] > 0 for group in STAKEHOLDERS}
     votes = sum(likes_first.values())
     pair = hashlib.sha256("\x00".join([as_prompt(prompt), first, second]).encode()).hexdigest()[:16]
-    for group in GROUPS:
+    for group in STAKEHOLDERS:
         win, lose = (first, second) if likes_first[group] else (second, first)
         corpus.preference(
             subject, prompt, answers[win], answers[lose], f"style:{win}>{lose}", group,
-            pair_id=pair, agreement=max(votes, len(GROUPS) - votes) / len(GROUPS),
+            pair_id=pair, agreement=max(votes, len(STAKEHOLDERS) - votes) / len(STAKEHOLDERS),
         )  # fmt: skip

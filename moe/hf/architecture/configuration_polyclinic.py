@@ -44,6 +44,7 @@ class PolyclinicConfig(PreTrainedConfig):
     num_slots: int = 16  # rows of the router's table where experts have owners
     slots: list[int] | tuple[int, ...] = ()  # that have an expert, in the order of the stack; 0 is the anchor's
     owners: dict[str, int] | None = None  # name -> slot
+    deltas: dict[str, dict[str, int]] | None = None  # owner -> stakeholder group -> rank of its update of the expert
     anchor_hash: str | None = None  # of the model that the owners' experts stand on
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -56,7 +57,7 @@ class PolyclinicConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self.experts_per_token = kwargs.pop("top_k", 2)  # where experts have owners
         self.rotary_scaling = kwargs.pop("rope_scaling", None)  # {"kind": "llama3" or "yarn", ...}
-        self.slots, self.owners = list(self.slots), dict(self.owners or {})
+        self.slots, self.owners, self.deltas = list(self.slots), dict(self.owners or {}), dict(self.deltas or {})
         if self.router_aux_loss_coef is None:
             self.router_aux_loss_coef = 0.001 if self.mixture else 0.0  # owners' experts are not to be balanced
         super().__post_init__(**kwargs)
@@ -64,6 +65,11 @@ class PolyclinicConfig(PreTrainedConfig):
     @property
     def head_size(self) -> int:
         return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def stakeholders(self) -> list[str]:
+        """Groups whose preferences owners' experts were aligned with."""
+        return sorted({group for groups in self.deltas.values() for group in groups})
 
     @property
     def num_experts(self) -> int:

@@ -1,8 +1,10 @@
 """Routers and experts of the Polyclinic decoder for transformers; lies beside the weights, see modeling_polyclinic.py.
 
-T tokens, D width, Z slots (rows of the router's table), K experts per token, E experts, F expert width, N = T*K rows.
+T tokens, D width, Z slots (rows of the router's table), K experts per token, E experts, F expert width, N = T*K rows,
+R rank of an update.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -105,13 +107,16 @@ class PolyclinicExperts(nn.Module):
         self.w_gate_up = nn.Parameter(torch.empty(num_experts, 2 * d_ff, d_model))  # [E, 2F, D], gate rows first
         self.w_down = nn.Parameter(torch.empty(num_experts, d_model, d_ff))  # [E, D, F]
 
-    def forward(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, matrices: tuple[Tensor, Tensor] | None = None
+                ) -> Tensor:
         """Every token through its experts, which are computed one after another over the tokens sorted by expert, and
-        their outputs summed with these weights."""
+        their outputs summed with these weights. `matrices` are used in the place of w_gate_up and w_down."""
+        matrices = matrices or (self.w_gate_up, self.w_down)
         order_N = expert_TK.flatten().argsort(stable=True)  # row -> (token, k)
         count_E = torch.bincount(expert_TK.flatten(), minlength=len(self.w_down))
         x_ND = x_TD[order_N // expert_TK.shape[1]]
-        y_ND = self._grouped(x_ND, count_E) if self._can_group(x_ND) else self._looped(x_ND, count_E.tolist())
+        run = self._grouped if self._can_group(x_ND) else self._looped
+        y_ND = run(x_ND, count_E, *matrices)
         y_TKD = y_ND[order_N.argsort()].unflatten(0, expert_TK.shape)
         return (weight_TK[..., None] * _wide(y_TKD)).sum(dim=1).to(x_TD.dtype)
 
@@ -119,15 +124,14 @@ class PolyclinicExperts(nn.Module):
         """Every token through the one expert there is."""
         return _swiglu(x_TD, self.w_gate_up[0], self.w_down[0])
 
-    def _looped(self, x_ND: Tensor, count_E: list[int]) -> Tensor:
-        parts = [_swiglu(x, self.w_gate_up[e], self.w_down[e])
-                 for e, x in enumerate(x_ND.split(count_E)) if len(x)]
+    def _looped(self, x_ND: Tensor, count_E: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+        parts = [_swiglu(x, w_gate_up[e], w_down[e]) for e, x in enumerate(x_ND.split(count_E.tolist())) if len(x)]
         return torch.cat(parts) if parts else x_ND
 
-    def _grouped(self, x_ND: Tensor, count_E: Tensor) -> Tensor:
+    def _grouped(self, x_ND: Tensor, count_E: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
         end_E = count_E.cumsum(0).to(torch.int32)
-        gate, up = _wide(F.grouped_mm(x_ND, self.w_gate_up.transpose(1, 2), offs=end_E)).chunk(2, dim=1)
-        return F.grouped_mm((F.silu(gate) * up).to(x_ND.dtype), self.w_down.transpose(1, 2), offs=end_E)
+        gate, up = _wide(F.grouped_mm(x_ND, w_gate_up.transpose(1, 2), offs=end_E)).chunk(2, dim=1)
+        return F.grouped_mm((F.silu(gate) * up).to(x_ND.dtype), w_down.transpose(1, 2), offs=end_E)
 
     def _can_group(self, x_ND: Tensor) -> bool:
         """torch's grouped product wants bfloat16, rows of a multiple of 16 bytes, and a GPU that has it."""
@@ -151,6 +155,25 @@ class PolyclinicDenseFFN(nn.Module):
         return self.experts.alone(x_BSD), None
 
 
+class PolyclinicDelta(nn.Module):
+    """Low-rank updates of one expert, of what one stakeholder group prefers."""
+
+    def __init__(self, rank: int, d_model: int, d_ff: int):
+        super().__init__()
+        self.gate_up_a = nn.Parameter(torch.empty(rank, d_model))
+        self.gate_up_b = nn.Parameter(torch.empty(2 * d_ff, rank))
+        self.down_a = nn.Parameter(torch.empty(rank, d_ff))
+        self.down_b = nn.Parameter(torch.empty(d_model, rank))
+
+
+def _updated(w: Tensor, updates: list[tuple[float, Tensor, Tensor]]) -> Tensor:
+    """w + sum of weight * b a, summed at least in float32 and rounded once."""
+    total = _wide(w)
+    for weight, b_XR, a_RY in updates:
+        total = total + weight * (_wide(b_XR) @ _wide(a_RY))
+    return total.to(w.dtype)
+
+
 class PolyclinicMixtureFFN(nn.Module):
     def __init__(self, config: PolyclinicConfig):
         super().__init__()
@@ -160,13 +183,35 @@ class PolyclinicMixtureFFN(nn.Module):
         self.experts = PolyclinicExperts(*sizes)
         shared = mixture.get("shared_d_ff", 0) if mixture else 0
         self.shared = PolyclinicExperts(1, D, shared) if shared else None  # every token's, with weight 1
+        self.slots = list(config.slots)
+        ranks = {config.owners[owner]: groups for owner, groups in config.deltas.items()}
+        self.deltas = nn.ModuleDict({
+            str(slot): nn.ModuleDict({group: PolyclinicDelta(rank, D, config.d_ff)
+                                      for group, rank in sorted(groups.items())})
+            for slot, groups in sorted(ranks.items())
+        })  # fmt: skip
+        self.mix: Mapping[str, float] = {}  # stakeholder group -> how much of its updates is used
+
+    def matrices(self) -> tuple[Tensor, Tensor] | None:
+        """The experts' weights with the updates that are mixed in; None where none are, and theirs are used as they
+        lie. Made anew in each pass, so that they follow the weights, whoever casts, moves or trains them."""
+        if not self.deltas or not any(self.mix.values()):
+            return None
+        gate_up, down = list(self.experts.w_gate_up), list(self.experts.w_down)
+        for place, slot in enumerate(map(str, self.slots)):
+            groups = self.deltas[slot] if slot in self.deltas else {}
+            used = [(self.mix[group], delta) for group, delta in groups.items() if self.mix.get(group)]
+            if used:
+                gate_up[place] = _updated(gate_up[place], [(weight, d.gate_up_b, d.gate_up_a) for weight, d in used])
+                down[place] = _updated(down[place], [(weight, d.down_b, d.down_a) for weight, d in used])
+        return torch.stack(gate_up), torch.stack(down)
 
     def forward(self, x_BSD: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
         """The sum of the experts, and logits_TZ."""
         x_TD = x_BSD.flatten(0, 1)
         z_TZ = self.router(x_TD, slots)
         slot_TK, weight_TK = self.router.choose(z_TZ, slots)
-        y_TD = self.experts(x_TD, slots.expert_Z[slot_TK], weight_TK)
+        y_TD = self.experts(x_TD, slots.expert_Z[slot_TK], weight_TK, self.matrices())
         if self.shared is not None:
             y_TD = y_TD + self.shared.alone(x_TD)
         return y_TD.view_as(x_BSD), z_TZ

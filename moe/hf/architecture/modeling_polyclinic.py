@@ -9,7 +9,8 @@ B sequences, S tokens of each, T = B*S tokens, D width, R half a head's size, Z 
 vocabulary.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +25,14 @@ from transformers.utils import can_return_tuple
 
 from .attention_polyclinic import PolyclinicAttention, PolyclinicRMSNorm, rope_table
 from .configuration_polyclinic import PolyclinicConfig
-from .mixture_polyclinic import PolyclinicDenseFFN, PolyclinicExperts, PolyclinicMixtureFFN, PolyclinicRouter, Slots
+from .mixture_polyclinic import (
+    PolyclinicDelta,
+    PolyclinicDenseFFN,
+    PolyclinicExperts,
+    PolyclinicMixtureFFN,
+    PolyclinicRouter,
+    Slots,
+)
 
 
 class PolyclinicLayer(GradientCheckpointingLayer):
@@ -73,6 +81,10 @@ class PolyclinicPreTrainedModel(PreTrainedModel):
         if isinstance(module, PolyclinicExperts):
             nn.init.normal_(module.w_gate_up, std=std)
             nn.init.normal_(module.w_down, std=std)
+        elif isinstance(module, PolyclinicDelta):
+            for a, b in ((module.gate_up_a, module.gate_up_b), (module.down_a, module.down_b)):
+                nn.init.normal_(a, std=std)
+                nn.init.zeros_(b)
         elif isinstance(module, PolyclinicRouter) and module.bias is None:
             nn.init.normal_(module.table, std=std)
             nn.init.zeros_(module.selection_bias)
@@ -85,7 +97,8 @@ class PolyclinicPreTrainedModel(PreTrainedModel):
 
 
 class PolyclinicModel(PolyclinicPreTrainedModel):
-    """Tokens to hidden states. `set_owners` says whose experts may be used."""
+    """Tokens to hidden states. `set_owners` says whose experts may be used, `set_stakeholders` how much of what groups
+    prefer."""
 
     _keys_to_ignore_on_load_unexpected = [r"^head$"]
 
@@ -112,6 +125,29 @@ class PolyclinicModel(PolyclinicPreTrainedModel):
             raise ValueError(f"owner {unknown[0]} is not in the model: want some of {', '.join(known) or 'nobody'}")
         slots = {known[name] for name in wanted}
         self.present = [slot for slot in self.config.slots if slot in slots or slot not in known.values()]
+
+    @property
+    def stakeholders(self) -> dict[str, float]:
+        """How much of what each group prefers is used."""
+        return next((dict(ffn.mix) for ffn in self.mixtures()), {})
+
+    def set_stakeholders(self, mix: Mapping[str, float] | None) -> None:
+        """Use so much of what each stakeholder group prefers: {"patient": 0.7, "clinician": 0.3}; of groups that are
+        not named, and where it is None of all, nothing. Raises ValueError naming a group that is not in the model, or a
+        weight that is no number."""
+        mix, known = dict(mix or {}), self.config.stakeholders
+        for group, weight in mix.items():
+            if group not in known:
+                raise ValueError(f"stakeholder group {group} is not in the model: want some of "
+                                 f"{', '.join(known) or 'none'}")
+            if not math.isfinite(weight):
+                raise ValueError(f"stakeholder group {group} has weight {weight}: want a number, such as 0.5")
+        for ffn in self.mixtures():
+            ffn.mix = mix
+
+    def mixtures(self) -> list[PolyclinicMixtureFFN]:
+        """Of the layers that have one."""
+        return [layer.ffn for layer in self.layers if isinstance(layer.ffn, PolyclinicMixtureFFN)]
 
     def slots(self, device: torch.device) -> Slots | None:
         if self.config.mixture:
@@ -208,6 +244,15 @@ class PolyclinicForCausalLM(PolyclinicPreTrainedModel, GenerationMixin):
         """See PolyclinicModel.set_owners."""
         self.model.set_owners(owners)
 
+    @property
+    def stakeholders(self) -> dict[str, float]:
+        """How much of what each group prefers is used."""
+        return self.model.stakeholders
+
+    def set_stakeholders(self, mix: Mapping[str, float] | None) -> None:
+        """See PolyclinicModel.set_stakeholders."""
+        self.model.set_stakeholders(mix)
+
     @can_return_tuple
     def forward(
         self,
@@ -243,7 +288,7 @@ class PolyclinicForCausalLM(PolyclinicPreTrainedModel, GenerationMixin):
 
     def _balance_loss(self, router_logits: tuple[Tensor, ...], attention_mask: Tensor | None) -> Tensor:
         """The mean over layers, of the tokens that are no padding."""
-        routers = [layer.ffn.router for layer in self.model.layers if isinstance(layer.ffn, PolyclinicMixtureFFN)]
+        routers = [ffn.router for ffn in self.model.mixtures()]
         counts_T = torch.ones_like(router_logits[0][:, 0], dtype=torch.bool)
         if attention_mask is not None and attention_mask.numel() == len(counts_T):
             counts_T = attention_mask.flatten().bool()

@@ -382,7 +382,7 @@ def test_four_groups_judge_the_same_pair(specialty, built):
             pairs[row["pair_id"]][row["stakeholder"]] = split, row
     assert len(pairs) > 10
     for judged in pairs.values():
-        assert set(judged) == set(stakeholders.GROUPS)
+        assert set(judged) == set(stakeholders.STAKEHOLDERS)
         every = [row for _, row in judged.values()]
         assert len({(split, row["prompt"], row["concept"]) for split, row in judged.values()}) == 1
         assert len({frozenset((row["chosen"], row["rejected"])) for row in every}) == 1

@@ -24,6 +24,7 @@ from moe.model import Decoder
 
 LENGTHS = (19, 1, 30, 8)
 OWNERS = {"billing": 1, "radiology": 3, "pharmacology": 6}
+RANKS = {1: {"patient": 2, "payer": 3}, 6: {"patient": 1}}  # of owners' updates for stakeholder groups, by slot
 MIXTURE = dict(num_experts=6, top_k=3, d_ff=12)
 CASES = {
     "dense": dict(num_kv_heads=1),
@@ -40,6 +41,7 @@ CASES = {
                                  num_groups=4, top_groups=2, shared_d_ff=24, dense_layers=[0])),
     "owners": dict(num_slots=8, top_k=2),
     "owners-after": dict(num_slots=8, top_k=3, norm_place="after", qk_norm_span="width", window=11),
+    "owners-aligned": dict(num_slots=8, top_k=2),
 }  # fmt: skip
 
 
@@ -49,7 +51,8 @@ def make_model(model_config, tokenizer):
 
     def model(case, dtype=torch.float64):
         slots = [0, *OWNERS.values()] if case.startswith("owners") else []
-        decoder = Decoder(model_config(num_layers=3, context_length=128, **CASES[case]), 280, slots).to(dtype)
+        sizes, ranks = model_config(num_layers=3, context_length=128, **CASES[case]), RANKS if "aligned" in case else {}
+        decoder = Decoder(sizes, 280, slots, ranks=ranks).to(dtype)
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
             for name, tensor in decoder.state_dict().items():
@@ -185,6 +188,47 @@ def test_owners_can_be_chosen(make_both, case):
     assert torch.equal(theirs(document[None]).logits, everybody)
 
 
+@pytest.mark.parametrize("dtype, most", [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=["float64", "float32"])
+def test_stakeholders_can_be_mixed(make_both, dtype, most):
+    decoder, theirs = make_both("owners-aligned", dtype)
+    document = texts((30,))[0]
+    with torch.no_grad():
+        plain = theirs(document[None]).logits
+        for mix in ({"patient": 1.0}, {"payer": -0.5}, {"patient": 0.3, "payer": 0.7}, {"patient": 0.0, "payer": 1.0}):
+            theirs.set_stakeholders(mix)
+            decoder.mix(mix)
+            assert theirs.stakeholders == mix
+            got = theirs(document[None]).logits
+            assert (got[0] - logits_of(decoder, [document])[0]).abs().max() <= most
+            assert (got - plain).abs().max() > 1e-2
+        theirs.set_owners(["radiology"])  # whose expert was not aligned with anybody
+        mixed = theirs(document[None]).logits
+        theirs.set_stakeholders(None)
+        assert theirs.stakeholders == {} and torch.equal(theirs(document[None]).logits, mixed)
+        theirs.set_owners(None)
+        for nothing in (None, {}, {"patient": 0.0}):
+            theirs.set_stakeholders(nothing)
+            assert torch.equal(theirs(document[None]).logits, plain)
+    with pytest.raises(ValueError, match="group educator is not in the model: want some of patient, payer"):
+        theirs.set_stakeholders({"educator": 1.0})
+    with pytest.raises(ValueError, match="group payer has weight nan"):
+        theirs.set_stakeholders({"payer": float("nan")})
+
+
+def test_what_is_mixed_in_follows_weights_that_are_trained(make_both):
+    _, theirs = make_both("owners-aligned", torch.float32)
+    theirs.set_stakeholders({"patient": 1.0})
+    document = texts((30,))[0]
+    before = theirs(document[None], labels=document[None])
+    before.loss.backward()
+    ffn = theirs.model.layers[0].ffn
+    assert all(p.grad is not None and p.grad.any() for p in (ffn.experts.w_down, ffn.deltas["1"]["patient"].down_b))
+    assert ffn.deltas["1"]["payer"].down_b.grad is None
+    with torch.no_grad():
+        ffn.experts.w_down.zero_()
+    assert not torch.equal(theirs(document[None]).logits, before.logits)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_what_transformers_saves_is_a_model_folder_of_ours(make_both, tmp_path, case):
     decoder, theirs = make_both(case, torch.bfloat16)
@@ -194,7 +238,7 @@ def test_what_transformers_saves_is_a_model_folder_of_ours(make_both, tmp_path, 
     loaded = model_folder.load(tmp_path / "again")
     first = model_folder.load(tmp_path / "ours")
     assert loaded.decoder.config == first.decoder.config and loaded.decoder.slots == first.decoder.slots
-    assert (loaded.owners, loaded.anchor_hash) == (first.owners, first.anchor_hash)
+    assert (loaded.owners, loaded.deltas, loaded.anchor_hash) == (first.owners, first.deltas, first.anchor_hash)
     same = {name: tensor.float() for name, tensor in loaded.decoder.state_dict().items()}
     assert tensor_hashes(same) == tensor_hashes({n: t.float() for n, t in decoder.state_dict().items()})
 
@@ -371,7 +415,8 @@ def test_the_grouped_product_is_that_of_the_loop():
         torch.nn.init.normal_(weight, std=0.3, generator=generator)
     x_ND, count_E = torch.randn(11, 16, generator=generator), torch.tensor([4, 0, 6, 1, 0])
     results = []
-    for y_ND in (experts._grouped(x_ND, count_E), experts._looped(x_ND, count_E.tolist())):
+    for run in (experts._grouped, experts._looped):
+        y_ND = run(x_ND, count_E, experts.w_gate_up, experts.w_down)
         results.append([y_ND, *torch.autograd.grad(y_ND.square().sum(), tuple(experts.parameters()))])
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want)

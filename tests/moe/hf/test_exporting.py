@@ -147,7 +147,7 @@ def test_a_selection_bias_that_was_learned_is_named(saved):
 @pytest.fixture
 def merged(make_anchor, make_pack, tmp_path):
     anchor = make_anchor(torch.bfloat16)
-    model = merge(anchor, [make_pack(anchor, owner, slot) for owner, slot in (("billing", 1), ("radiology", 7))])
+    model = merge(anchor, [make_pack(anchor, "billing", 1), make_pack(anchor, "radiology", 7, patient=2, payer=3)])
     model_folder.save(tmp_path / "model", model)
     return tmp_path / "model"
 
@@ -158,6 +158,7 @@ def test_owners_go_along_and_no_plain_family_has_them(merged, tmp_path):
     account = export_folder(merged, tmp_path / "out")
     before, after = model_folder.load(merged), model_folder.load(tmp_path / "out")
     assert account["family"] == "polyclinic" and after.owners == {"billing": 1, "radiology": 7}
+    assert after.deltas == before.deltas == {"radiology": {"patient": 2, "payer": 3}}
     assert after.identity() == before.identity() == account["lineage"]["model"]
     assert account["lineage"]["anchor"] == before.anchor_hash
     assert tensor_hashes(tensors_of(tmp_path / "out")) == tensor_hashes(tensors_of(merged))
@@ -169,6 +170,7 @@ def test_the_card(merged, tmp_path):
     text = (tmp_path / "out/README.md").read_text()
     assert text.startswith("---\n") and "**Not for clinical use.**" in text
     assert "| billing | 1 |\n| radiology | 7 |" in text and 'set_owners(["billing"])' in text
+    assert "| radiology | patient, payer |" in text and 'set_stakeholders({"patient": 0.5})' in text
     assert "`model` as Polyclinic's own architecture, weights in bfloat16" in text
     assert "trust_remote_code=True" in text and all(digest in text for digest in lineage.values())
 

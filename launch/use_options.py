@@ -1,0 +1,35 @@
+"""Options of commands that use a merged model: whose packs, and how much of what each stakeholder group prefers."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moe.errors import InputError
+
+if TYPE_CHECKING:
+    from moe.hf.folder import ModelFolder
+
+Owners = Annotated[str | None, typer.Option(help="Only packs of these, comma-separated; none: the anchor.")]
+Mix = Annotated[str | None, typer.Option(
+    metavar="GROUP=LAMBDA,...", help="So much of what stakeholder groups prefer: patient=0.7,clinician=0.3.")]
+
+
+def chosen(owners: str) -> list[str]:
+    return [name for name in owners.split(",") if name not in ("", "none")]
+
+
+def mix_in(loaded: "ModelFolder", mix: str | None) -> None:
+    """Raises InputError for what is no mix, or none of this model's."""
+    if mix is None:
+        return
+    weights: dict[str, float] = {}
+    for part in mix.split(","):
+        group, _, said = part.partition("=")
+        try:
+            weight = float(said)
+        except ValueError:
+            raise InputError(f"--mix {part}: want GROUP=LAMBDA, such as patient=0.7") from None
+        if group in weights:
+            raise InputError(f"--mix {mix} names {group} twice: want one lambda for each group")
+        weights[group] = weight
+    loaded.mix(weights)
