@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from launch.use_options import Mix, Owners, chosen, mix_in
+from launch.use_options import Mix, Owners, chosen, load, mix_in
 from moe.errors import InputError
 
 if TYPE_CHECKING:
@@ -41,11 +41,7 @@ def evaluate(
     """
     files = [_named(text) for text in texts or []]
     _check(files, task or [], include)
-    import torch
-
-    from moe.hf import folder
-
-    loaded = folder.load(model, "cuda" if torch.cuda.is_available() else "cpu")
+    loaded = load(model)
     subsets = _subsets(loaded, None if owners is None else chosen(owners), removals)
     mix_in(loaded, mix)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from launch.use_options import Mix, Owners, chosen, mix_in
+from launch.use_options import Mix, Owners, chosen, load, mix_in
 from moe.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,9 +43,8 @@ def generate(
     if not 0 < top_p <= 1:
         raise InputError(f"--top-p {top_p:g}: want more than 0 and at most 1")
     from moe.data import tokenizer as tokenizers
-    from moe.hf import folder
 
-    loaded = folder.load(model)
+    loaded = load(model)
     if owners is not None:
         loaded.use(chosen(owners))
     mix_in(loaded, mix)

@@ -1,5 +1,7 @@
-"""Options of commands that use a merged model: whose packs, and how much of what each stakeholder group prefers."""
+"""What commands that use a model share: where it is loaded, whose packs are used, and how much of what each stakeholder
+group prefers."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +14,15 @@ if TYPE_CHECKING:
 Owners = Annotated[str | None, typer.Option(help="Only packs of these, comma-separated; none: the anchor.")]
 Mix = Annotated[str | None, typer.Option(
     metavar="GROUP=LAMBDA,...", help="So much of what stakeholder groups prefer: patient=0.7,clinician=0.3.")]
+
+
+def load(model: Path) -> "ModelFolder":
+    """Onto the GPU where there is one."""
+    import torch  # takes seconds: only where a model is read
+
+    from moe.hf import folder
+
+    return folder.load(model, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def chosen(owners: str) -> list[str]:
