@@ -9,18 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import DownloadColumn
 from rich.table import Table
 
 from launch.graph import RunFailed
+from launch.terminal import bar, say
 from moe.errors import InputError
 
 if TYPE_CHECKING:
@@ -53,10 +46,10 @@ def verify(path: Where, as_json: AsJson = False) -> None:
         print(json.dumps({"whole": not damaged, "checkpoints": rows}, indent=1))
     else:
         for row in rows:
-            _say(f"{row['path']}: " + (f"whole, {row['tensors']} tensors, {_size(row['bytes'])}" if row["whole"] else
+            say(f"{row['path']}: " + (f"whole, {row['tensors']} tensors, {_size(row['bytes'])}" if row["whole"] else
                                        "DAMAGED"))  # fmt: skip
             for damage in row["damages"]:
-                _say(f"  {damage['problem']}")
+                say(f"  {damage['problem']}")
     if damaged and model:
         raise RunFailed(f"{path} is not as it was written; import or export it again")
     if damaged:
@@ -81,7 +74,7 @@ def _verify_model(folder: Path) -> dict[str, Any]:
     from moe.hf.source import weight_files
 
     try:
-        with _shown(MofNCompleteColumn()) as progress:
+        with bar() as progress:
             task = progress.add_task(folder.name)
             count = verify(folder, lambda done, total: progress.update(task, completed=done, total=total))
         return _row(folder, [], count, sum(file.stat().st_size for file in weight_files(folder)))
@@ -141,7 +134,7 @@ def inspect(
     console.print(table)
     for name in checkpoint.names if tensors else ():
         record = manifest["tensors"][name]
-        _say(f"{name} {record['shape']} {record['shard']} {record['sha256']}")
+        say(f"{name} {record['shape']} {record['shard']} {record['sha256']}")
 
 
 @app.command()
@@ -176,7 +169,7 @@ def convert(
     if damages := _verified(checkpoint):
         raise InputError(f"checkpoint {checkpoint.path} is damaged: {damages[0]}; want a whole one")
     folder.save(out, model_of(checkpoint, section, tokens, getattr(torch, dtype), load_config(file)))
-    _say(f"{out}: the model after {checkpoint.state.step} updates, in {dtype}")
+    say(f"{out}: the model after {checkpoint.state.step} updates, in {dtype}")
 
 
 def find(path: Path) -> list[Path]:
@@ -242,15 +235,9 @@ def _tokenizer_of_run(path: Path) -> Path:
 
 def _verified(checkpoint: "Checkpoint") -> "list[Damage]":
     """What is wrong with it; shows how far it has come where somebody looks on."""
-    with _shown(DownloadColumn()) as progress:
+    with bar(DownloadColumn()) as progress:
         task = progress.add_task(checkpoint.path.name, total=_num_bytes(checkpoint))
         return checkpoint.verify(progress=lambda num_bytes: progress.advance(task, num_bytes))
-
-
-def _shown(count: ProgressColumn) -> Progress:
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn()
-    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
 
 
 def _num_bytes(checkpoint: "Checkpoint") -> int:
@@ -282,7 +269,3 @@ def _size(num_bytes: float) -> str:
             return f"{num_bytes:.3g} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:,.4g} TB"
-
-
-def _say(line: str) -> None:
-    Console().print(line, soft_wrap=True, highlight=False, markup=False)

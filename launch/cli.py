@@ -19,6 +19,7 @@ from launch.import_cli import import_model
 from launch.merge_cli import merge, optout
 from launch.plan.command import plan
 from launch.preflight_cli import preflight
+from launch.terminal import say
 from moe.errors import InputError
 from moe.train import preemption
 
@@ -68,7 +69,7 @@ def report(run: Annotated[Path, typer.Argument(help="A finished run's folder, su
     from moe.report.page import write_page
     from moe.run_folder import RunFolder
 
-    Console().print(str(write_page(RunFolder(run))), soft_wrap=True, highlight=False, markup=False)
+    say(str(write_page(RunFolder(run))))
 
 
 app.command("eval")(evaluate)

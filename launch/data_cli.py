@@ -2,18 +2,19 @@
 
 import json
 import os
-import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from launch.graph import RunFailed
+from launch.terminal import bar, say, written
 from moe.errors import InputError
+from moe.whole import whole_or_absent
 
 app = typer.Typer(no_args_is_help=True, help="Build the demonstration corpus, look at text, curate it.\n\n"
                                              "Example: polyclinic data inspect reports.jsonl")
@@ -44,21 +45,13 @@ def build(
     domains = list(dict.fromkeys(domain or demonstration.SPECIALTIES))
     for name in domains:
         demonstration.check_installed(name)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     made: dict[str, Any] = {}
-    try:
-        with _progress() as shown:
-            task = shown.add_task("domains", total=len(domains))
-            for name in domains:
-                shown.update(task, description=name)
-                made[name] = demonstration.build(name, partial / name, seed=seed, max_characters=max_characters)
-                shown.advance(task)
-        os.replace(partial, out)
-    except OSError as error:
-        raise RunFailed(f"{out} cannot be written, and nothing of it is left: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with written(out), whole_or_absent(out) as partial, bar() as shown:
+        task = shown.add_task("domains", total=len(domains))
+        for name in domains:
+            shown.update(task, description=name)
+            made[name] = demonstration.build(name, partial / name, seed=seed, max_characters=max_characters)
+            shown.advance(task)
     if as_json:
         print(json.dumps(made, indent=1))
         return
@@ -70,7 +63,7 @@ def build(
             table.add_row(name, file, f"{counts['rows']:,}", f"{counts['characters']:,}")
     console = Console()
     console.print(table)
-    _say(f"sources and their licences are in each {MANIFEST}. Not for clinical use.")
+    say(f"sources and their licences are in each {MANIFEST}. Not for clinical use.")
 
 
 @app.command()
@@ -89,7 +82,7 @@ def inspect(
     """
     from moe.data.inspection import inspect as look
 
-    with _progress() as shown:
+    with bar() as shown:
         task = shown.add_task("rows", total=None)
         found = look(path, tokenizer, lambda done, total: shown.update(task, completed=done, total=total))
     if as_json:
@@ -129,13 +122,10 @@ def curate(
     given = {name: value for name, value in (("names", names), ("key", key)) if value is not None}
     if given:
         settings = settings.changed(**given)
-    try:
-        with _progress() as shown:
-            task = shown.add_task("reading", total=None)
-            manifest = run(inputs, out, against or [], settings, workers or len(os.sched_getaffinity(0)),
-                           lambda what, done, total: shown.update(task, description=what, completed=done, total=total))
-    except OSError as error:
-        raise RunFailed(f"{out} cannot be written, and nothing of it is left: {error.strerror or error}") from error
+    with written(out) if out else nullcontext(), bar() as shown:
+        task = shown.add_task("reading", total=None)
+        manifest = run(inputs, out, against or [], settings, workers or len(os.sched_getaffinity(0)),
+                       lambda what, done, total: shown.update(task, description=what, completed=done, total=total))
     if as_json:
         print(json.dumps(manifest, indent=1))
         return
@@ -146,7 +136,7 @@ def _show(found: dict[str, Any]) -> None:
     first = next(iter(found["files"].values()), {})
     counts = [key for key in first if key not in ("bytes", "length_quantiles", "licences")]
     unit = "characters" if found["kind"] == "rows" else "tokens"
-    _say(f"{found['path']}: lengths in {unit}")
+    say(f"{found['path']}: lengths in {unit}")
     table = Table("file", box=box.SIMPLE, pad_edge=False)
     for heading in (*(key.replace("exact_", "").replace("_", " ") for key in counts), "median", "longest"):
         table.add_column(heading, justify="right")
@@ -157,11 +147,11 @@ def _show(found: dict[str, Any]) -> None:
         Console().print(table)
     licences = {(licence, source): None for own in found["files"].values() for licence, source in own["licences"]}
     for licence, source in licences:
-        _say(f"{source}: {licence}")
+        say(f"{source}: {licence}")
     for damage in found["damages"]:
-        _say(f"DAMAGED {damage}")
+        say(f"DAMAGED {damage}")
     if found["verified"]:
-        _say(f"{found['verified']} files are what their manifest says")
+        say(f"{found['verified']} files are what their manifest says")
 
 
 def _show_curation(manifest: dict[str, Any], out: Path | None) -> None:
@@ -176,17 +166,8 @@ def _show_curation(manifest: dict[str, Any], out: Path | None) -> None:
                       ", ".join(f"{reason} {count:,}" for reason, count in why.items()))
     Console().print(table)
     for warning in manifest["warnings"]:
-        _say(f"note: {warning}")
+        say(f"note: {warning}")
     if manifest["left_out_columns"]:
-        _say(f"columns that were left out: {', '.join(manifest['left_out_columns'])}")
-    _say(f"{manifest['rows']:,} rows" + (f" in {out}; what happened to which is in {out / 'changes.jsonl'}" if out else
+        say(f"columns that were left out: {', '.join(manifest['left_out_columns'])}")
+    say(f"{manifest['rows']:,} rows" + (f" in {out}; what happened to which is in {out / 'changes.jsonl'}" if out else
                                          " would be left; nothing is written"))  # fmt: skip
-
-
-def _progress() -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=Console(stderr=True), transient=True)
-
-
-def _say(sentence: str) -> None:
-    Console().print(sentence, soft_wrap=True, highlight=False, markup=False)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
+from launch.terminal import bar
 from launch.use_options import Mix, Owners, chosen, load, mix_in
 from moe.errors import InputError
 
@@ -44,8 +45,7 @@ def evaluate(
     loaded = load(model)
     subsets = _subsets(loaded, None if owners is None else chosen(owners), removals)
     mix_in(loaded, mix)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+    with bar() as shown:
         measured = _bits(loaded, files, subsets, max_tokens, shown)
         found = _tasks(loaded, task, include, limit, fewshot, shown) if task else {}
     if as_json:

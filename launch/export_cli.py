@@ -5,10 +5,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from launch.graph import RunFailed
+from launch.terminal import bar, say, written
 from moe.errors import InputError
 
 
@@ -35,26 +33,19 @@ def export_model(
         raise InputError(f"--precision {precision}: want it left out with --as {family}, which moves weights as they "
                          "are")
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    try:
-        with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
-            task = shown.add_task(f"{folder.name}: tensors", total=None)
+    with written(out), bar() as shown:
+        task = shown.add_task(f"{folder.name}: tensors", total=None)
 
-            def progress(done: int, total: int) -> None:
-                shown.update(task, completed=done, total=total)
+        def progress(done: int, total: int) -> None:
+            shown.update(task, completed=done, total=total)
 
-            if family == dmoe.NAME:
-                account = dmoe.export_dmoe(folder, out, progress)
-            else:
-                account = export_folder(folder, out, family, precision, progress=progress)
-    except OSError as error:
-        raise RunFailed(f"{out} cannot be written: {error.strerror or error}; nothing of it is left") from error
+        if family == dmoe.NAME:
+            account = dmoe.export_dmoe(folder, out, progress)
+        else:
+            account = export_folder(folder, out, family, precision, progress=progress)
     if as_json:
         print(json.dumps(account, indent=1))
         return
     left_out = sum("left_out" in tensor for tensor in account["sources"].values())
-    Console().print(
-        f"{out}: {len(account['targets'])} tensors of {account['family']} out of {len(account['sources'])} of ours, "
-        f"of which {left_out} are left out; each with its hash in {EXPORTED}",
-        soft_wrap=True, highlight=False, markup=False,
-    )  # fmt: skip
+    say(f"{out}: {len(account['targets'])} tensors of {account['family']} out of {len(account['sources'])} of ours, of "
+        f"which {left_out} are left out; each with its hash in {EXPORTED}")

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from launch.terminal import say
 from moe.errors import InputError
 
 app = typer.Typer(no_args_is_help=True, help="Keep what people say of answers, for the owner's next alignment.\n\n"
@@ -56,7 +57,7 @@ def add(
     if as_json:
         print(json.dumps({"added": added, "known": known}))
         return
-    _say(f"{queue}: {added} added" + (f", {known} there already" if known else ""))
+    say(f"{queue}: {added} added" + (f", {known} there already" if known else ""))
 
 
 @app.command("list")
@@ -85,7 +86,7 @@ def show(
     if export:
         rows = feedback.as_preferences(found) if export == "dpo" else feedback.as_thumbs(found)
         _write(out, rows)
-        _say(f"{out}: {len(rows)} rows of {len(found)} judgements")
+        say(f"{out}: {len(rows)} rows of {len(found)} judgements")
         return
     kinds = [(j.owner, j.stakeholder, j.thumb or "pair") for j in found]
     if as_json:
@@ -108,11 +109,11 @@ def _tables(kinds: list[tuple[str, str, str]], found: list[Any]) -> None:
         table.add_row(owner, stakeholder, *(str(counts[owner, stakeholder, kind]) for kind in ("up", "down", "pair")))
     console.print(table)
     for judgement in found:
-        _say(f"\n{judgement.id}  {judgement.time}  {judgement.owner}, {judgement.stakeholder}\n> {judgement.prompt}")
+        say(f"\n{judgement.id}  {judgement.time}  {judgement.owner}, {judgement.stakeholder}\n> {judgement.prompt}")
         for mark, text in ((judgement.thumb, judgement.answer), ("better", judgement.chosen),
                            ("worse", judgement.rejected), ("why", judgement.comment)):
             if text is not None:
-                _say(f"{mark}: {text}")
+                say(f"{mark}: {text}")
 
 
 def _rows(path: Path) -> list[Any]:
@@ -130,7 +131,3 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     partial.rename(path)
-
-
-def _say(sentence: str) -> None:
-    Console().print(sentence, soft_wrap=True, highlight=False, markup=False)

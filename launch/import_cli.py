@@ -5,10 +5,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from launch.graph import RunFailed
+from launch.terminal import bar, say, written
 
 
 def import_model(
@@ -25,20 +23,13 @@ def import_model(
     from moe.hf.gguf import import_gguf
     from moe.hf.importing import import_folder
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+    with written(out), bar() as shown:
         task = shown.add_task(f"{source.name}: tensors", total=None)
         read = import_gguf if source.is_file() else import_dmoe if is_dmoe(source) else import_folder
-        try:
-            account = read(source, out, progress=lambda done, total: shown.update(task, completed=done, total=total))
-        except OSError as error:
-            raise RunFailed(f"the import into {out} has failed, and nothing of it is left: {error}") from error
+        account = read(source, out, progress=lambda done, total: shown.update(task, completed=done, total=total))
     if as_json:
         print(json.dumps(account, indent=1))
         return
     left_out = [name for name, tensor in account["sources"].items() if "left_out" in tensor]
-    Console().print(
-        f"{out}: {len(account['targets'])} tensors out of {len(account['sources'])} of {account['family']}; left out: "
-        f"{', '.join(left_out) or 'none'}; each with its hash in {IMPORTED}",
-        soft_wrap=True, highlight=False, markup=False,
-    )  # fmt: skip
+    say(f"{out}: {len(account['targets'])} tensors out of {len(account['sources'])} of {account['family']}; left out: "
+        f"{', '.join(left_out) or 'none'}; each with its hash in {IMPORTED}")

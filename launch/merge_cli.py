@@ -1,16 +1,15 @@
 """`polyclinic merge` and `polyclinic optout`: packs onto an anchor, and off again. They need no cluster and no GPU."""
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from launch.graph import RunFailed
+from launch.terminal import say, written
 from moe.errors import InputError
+from moe.whole import whole_or_absent
 
 Out = Annotated[Path, typer.Option(help="The new model's folder; must not exist.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
@@ -34,7 +33,8 @@ def merge(
     from moe.specialty.pack import Pack
 
     merged = packs_and_anchor.merge(folder.load(anchor), [Pack.load(pack) for pack in packs])
-    folder.save(out, merged)
+    with written(out), whole_or_absent(out) as partial:
+        folder.write(partial, merged)
     said = {"model_hash": merged.identity(), "anchor_hash": merged.anchor_hash, "slots": merged.owners,
             "stakeholders": {owner: sorted(groups) for owner, groups in merged.deltas.items()}}
     if as_json:
@@ -42,7 +42,7 @@ def merge(
         return
     aligned = {owner: f", for {' and '.join(groups)}" for owner, groups in said["stakeholders"].items()}
     slots = ", ".join(f"{owner} (slot {slot}{aligned.get(owner, '')})" for owner, slot in merged.owners.items())
-    _say(f"{out}: {slots} on anchor {said['anchor_hash'][:12]}; the model's hash is {said['model_hash'][:12]}")
+    say(f"{out}: {slots} on anchor {said['anchor_hash'][:12]}; the model's hash is {said['model_hash'][:12]}")
 
 
 def optout(
@@ -60,27 +60,22 @@ def optout(
     from moe.specialty.merge import certificate, opt_out
 
     before = folder.load(model)
-    partial = out.with_name(f".{out.name}.optout")  # so that no model is there without its certificate
-    folder.save(partial, opt_out(before, owners))
-    proof = certificate(before, folder.load(partial))
-    left, unchanged = proof["removed_tensors_found_after"], proof["kept_tensors_unchanged"]
-    if left or not unchanged:
-        shutil.rmtree(partial)
-        raise RunFailed(f"{out} is not written: it would not be what opting out promises ({len(left)} tensors of "
-                        f"{', '.join(owners)} found after; the others {'unchanged' if unchanged else 'CHANGED'})")
-    (partial / CERTIFICATE).write_text(json.dumps(proof, indent=1) + "\n")
-    os.replace(partial, out)
+    smaller = opt_out(before, owners)
+    with written(out), whole_or_absent(out) as partial:  # so that no model is there without its certificate
+        folder.write(partial, smaller)
+        proof = certificate(before, folder.load(partial))
+        left, unchanged = proof["removed_tensors_found_after"], proof["kept_tensors_unchanged"]
+        if left or not unchanged:
+            raise RunFailed(f"{out} is not written: it would not be what opting out promises ({len(left)} tensors of "
+                            f"{', '.join(owners)} found after; the others {'unchanged' if unchanged else 'CHANGED'})")
+        (partial / CERTIFICATE).write_text(json.dumps(proof, indent=1) + "\n")
     if as_json:
         print(json.dumps(proof, indent=1))
         return
-    _say(f"{out}: {len(proof['removed_tensors'])} tensors of {', '.join(owners)} removed, none of them found after; "
+    say(f"{out}: {len(proof['removed_tensors'])} tensors of {', '.join(owners)} removed, none of them found after; "
          f"all others unchanged; hashes in {CERTIFICATE}")
 
 
 def _check_free(out: Path) -> None:
     if out.exists():
         raise InputError(f"{out} exists: want a folder that does not")
-
-
-def _say(sentence: str) -> None:
-    Console().print(sentence, soft_wrap=True, highlight=False, markup=False)

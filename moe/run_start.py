@@ -4,7 +4,6 @@ which a stranger can run it again.
 
 import fcntl
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from moe.errors import InputError
 from moe.manifest import value_hash
 from moe.run_folder import SPLITS, RunFolder
 from moe.train import engine_settings
+from moe.whole import write_whole
 
 VERSIONS = ("torch", "deepspeed", "ray", "transformers", "tokenizers", "safetensors", "numpy")
 CONFIG_MEND = "want it back, or a copy of the file that the run was begun with in its place"
@@ -152,9 +152,7 @@ def describe(run: RunFolder, config: RunConfig) -> TextIO:
 def _write_config(path: Path, text: str) -> None:
     """Whole or not at all: without it a run cannot be gone on with."""
     if not (path.is_file() and path.read_bytes() == text.encode()):
-        temporary = path.with_name(f".{path.name}.partial")
-        temporary.write_text(text)
-        os.replace(temporary, path)
+        write_whole(path, text)
 
 
 def _commit() -> str | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.manifest import value_hash
+from moe.whole import write_whole
 
 Outputs = dict[str, Any]  # plain values
 
@@ -97,6 +98,4 @@ def _read(path: Path) -> Any:
 
 
 def _write(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(value, indent=1))
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(value, indent=1))

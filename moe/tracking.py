@@ -11,7 +11,6 @@ What goes wrong in wandb never ends a training job.
 
 import json
 import logging
-import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from moe.config import PUBLIC, RunConfig, SpecialtyConfig
 from moe.manifest import file_hash
 from moe.run_folder import SPLITS, RunFolder
 from moe.train import preemption
+from moe.whole import write_whole
 
 INIT_SECONDS = 30  # to reach wandb's server, before the job is tracked offline
 ID_FILE = "wandb.json"
@@ -245,9 +245,7 @@ def _id(folder: Path) -> str:
         return json.loads(path.read_text())["id"]
     except (OSError, ValueError, KeyError):
         drawn = secrets.token_hex(8)
-        temporary = path.with_name(f".{path.name}.partial")
-        temporary.write_text(json.dumps({"id": drawn}) + "\n")
-        os.replace(temporary, path)
+        write_whole(path, json.dumps({"id": drawn}) + "\n")
         return drawn
 
 

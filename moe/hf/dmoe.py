@@ -32,7 +32,8 @@ from moe.hashing import tensor_hash
 from moe.hf import folder as model_folder
 from moe.hf.account import EXPORTED, IMPORTED
 from moe.hf.source import Source, write_tensors
-from moe.hf.writing import SHARD_BYTES, Writer, whole_or_absent
+from moe.hf.writing import SHARD_BYTES, Writer
+from moe.whole import whole_or_absent
 
 NAME = "dmoe"
 ARGUMENTS, REST = "arguments.json", "rest.safetensors"

@@ -33,8 +33,9 @@ from moe.hf.families import FAMILIES, Piece, pieces, split
 from moe.hf.family_configs import config_of, differences
 from moe.hf.importing import DTYPES
 from moe.hf.source import Source
-from moe.hf.writing import SHARD_BYTES, Writer, whole_or_absent
+from moe.hf.writing import SHARD_BYTES, Writer
 from moe.model import Decoder
+from moe.whole import whole_or_absent
 
 OWN, AUTO = model_folder.MODEL_TYPE, "auto"
 PRECISIONS = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}

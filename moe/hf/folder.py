@@ -89,25 +89,32 @@ class ModelFolder:
 
 
 def save(folder: Path, model: ModelFolder) -> None:
-    from transformers import PreTrainedTokenizerFast  # takes seconds to import: only where a model is written
-
-    decoder = model.decoder
+    """In the place of one that is there. For a folder that one job at a time writes: what a job that died while it
+    wrote has left is taken away by the next."""
     temporary = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in decoder.state_dict().items()}
-    write_tensors(tensors, temporary / TENSORS)
-    names = {f"{kind}_token": name for kind, name in model.special._asdict().items()}
-    token_ids = {f"{key}_id": name and model.tokenizer.token_to_id(name) for key, name in names.items()}
-    write_config(temporary, decoder, decoder.embedding.weight.dtype, token_ids, model.owners, model.anchor_hash,
-                 model.deltas)
-    if model.tokenizer_config is None:
-        PreTrainedTokenizerFast(tokenizer_object=model.tokenizer, **names).save_pretrained(temporary)
-    else:
-        write_tokenizer_config(temporary, model.tokenizer_config)
-    model.tokenizer.save(str(temporary / "tokenizer.json"))  # byte for byte the one that was trained
+    write(temporary, model)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
+
+
+def write(folder: Path, model: ModelFolder) -> None:
+    """Into an empty folder."""
+    from transformers import PreTrainedTokenizerFast  # takes seconds to import: only where a model is written
+
+    decoder = model.decoder
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in decoder.state_dict().items()}
+    write_tensors(tensors, folder / TENSORS)
+    names = {f"{kind}_token": name for kind, name in model.special._asdict().items()}
+    token_ids = {f"{key}_id": name and model.tokenizer.token_to_id(name) for key, name in names.items()}
+    write_config(folder, decoder, decoder.embedding.weight.dtype, token_ids, model.owners, model.anchor_hash,
+                 model.deltas)
+    if model.tokenizer_config is None:
+        PreTrainedTokenizerFast(tokenizer_object=model.tokenizer, **names).save_pretrained(folder)
+    else:
+        write_tokenizer_config(folder, model.tokenizer_config)
+    model.tokenizer.save(str(folder / "tokenizer.json"))  # byte for byte the one that was trained
 
 
 def write_config(folder: Path, decoder: Decoder, dtype: torch.dtype, token_ids: dict[str, int | list[int] | None],

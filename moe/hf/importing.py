@@ -29,8 +29,9 @@ from moe.hf import folder as model_folder
 from moe.hf.account import IMPORTED, Account
 from moe.hf.families import FAMILIES, Family, Piece, joined, pieces, section_of
 from moe.hf.source import Source
-from moe.hf.writing import SHARD_BYTES, Writer, whole_or_absent
+from moe.hf.writing import SHARD_BYTES, Writer
 from moe.model import Decoder
+from moe.whole import whole_or_absent
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INV_FREQ = re.compile(r".*rotary_emb\.inv_freq")

@@ -1,10 +1,7 @@
-"""Writing a folder of many tensors: shards of about so many bytes, in a folder that is whole or absent."""
+"""Writing a folder of many tensors: shards of about so many bytes, and an index of them."""
 
 import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +45,3 @@ class Writer:
             where = {name: file for file, names in zip(files, self._files, strict=True) for name in names}
             index = {"metadata": {"total_size": total}, "weight_map": where}
             (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-@contextmanager
-def whole_or_absent(out: Path) -> Iterator[Path]:
-    """A folder to write in, which becomes `out` at the end, or is gone where something goes wrong."""
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    os.replace(partial, out)

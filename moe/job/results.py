@@ -10,7 +10,6 @@ All but `wall_s`, `throughput` and what describes the machine is the same for th
 """
 
 import json
-import os
 from typing import Any
 
 from moe.config import JobConfig
@@ -18,6 +17,7 @@ from moe.job.stages import TRAIN
 from moe.manifest import value_hash
 from moe.report.results import throughput
 from moe.run_folder import RunFolder
+from moe.whole import write_whole
 
 
 def write_results(
@@ -40,9 +40,7 @@ def write_results(
         **({"routing": figures["routing"]} if "routing" in figures else {}),
         "throughput": {TRAIN: throughput(run, TRAIN, figures["world_size"])},
     }
-    temporary = run.results.with_name(f".{run.results.name}.partial")
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(temporary, run.results)
+    write_whole(run.results, json.dumps(results, indent=1) + "\n")
 
 
 def table(run: RunFolder) -> list[tuple[str, str, str]]:

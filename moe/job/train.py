@@ -4,7 +4,6 @@ a `report`, and uses the process group that stands.
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from moe.train.recorder import Report
 from moe.train.telemetry import sayable
 from moe.train.together import together
 from moe.train.watchdog import Beat, no_watchdog
+from moe.whole import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +136,4 @@ def _job(config: JobConfig, run: RunFolder, identity: str) -> Job:
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(sayable(values), indent=1, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(sayable(values), indent=1, allow_nan=False) + "\n")

@@ -5,7 +5,6 @@ a run that has not finished, and the same files give the same bytes. The page lo
 forbids it) and runs no script. It has no text of documents, and of paths only their last part.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import yaml
 from moe.report import history, job_page, numerals, record, specialty_page
 from moe.report.record import Record, Row
 from moe.run_folder import RunFolder
+from moe.whole import write_whole
 
 SHORT = 12  # hex digits of a hash that a reader compares by eye
 
@@ -39,9 +39,7 @@ def write_page(run: RunFolder) -> Path:
     found = record.read(run)
     kind, content = ("job", job_page.content) if found.is_job else ("specialty", specialty_page.content)
     html = environment.get_template(f"{kind}.html").render(_common(found) | content(found))
-    temporary = run.report.with_name(f".{run.report.name}.partial")
-    temporary.write_text(html, encoding="utf-8")
-    os.replace(temporary, run.report)
+    write_whole(run.report, html)
     return run.report
 
 

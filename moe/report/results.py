@@ -4,7 +4,6 @@ All but `wall_s`, `throughput` and what describes the machine is the same for th
 """
 
 import json
-import os
 import statistics
 from typing import Any
 
@@ -12,6 +11,7 @@ from moe.config import PUBLIC, SpecialtyConfig
 from moe.manifest import value_hash
 from moe.run_folder import RunFolder
 from moe.train.telemetry import read
+from moe.whole import write_whole
 
 WARM_UP_STEPS = 5  # not counted in throughput
 
@@ -60,9 +60,7 @@ def write_results(
             },
         },
     }
-    temporary = run.results.with_name(f".{run.results.name}.partial")
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(temporary, run.results)
+    write_whole(run.results, json.dumps(results, indent=1) + "\n")
 
 
 def _pick(figures: dict[str, Any], *names: str) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 import json
 import math
-import os
 import resource
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from moe.whole import write_whole
 
 
 class Metrics:
@@ -17,9 +18,7 @@ class Metrics:
     def __init__(self, path: Path, resume_at: int):
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in (read(path) if path.is_file() else []) if row["step"] <= resume_at]
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(map(_line, kept)), encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, "".join(map(_line, kept)))
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, row: dict[str, Any]) -> None:

@@ -51,4 +51,4 @@ def test_a_full_disk_is_one_sentence(monkeypatch):
     monkeypatch.setattr(exporting, "export_folder", full)
     end = run("model", "out")
     assert isinstance(end.exception, RunFailed)
-    assert str(end.exception) == "out cannot be written: No space left on device; nothing of it is left"
+    assert str(end.exception) == "out cannot be written, and nothing of it is left: No space left on device"

@@ -60,7 +60,7 @@ def test_a_disk_that_is_full_is_a_failure_in_a_sentence(monkeypatch, tmp_path, c
     with pytest.raises(SystemExit) as end:
         main()
     said = capsys.readouterr().err
-    assert end.value.code == 1 and "ours has failed, and nothing of it is left: [Errno 28] No space left" in said
+    assert end.value.code == 1 and "ours cannot be written, and nothing of it is left: No space left on device" in said
 
 
 @pytest.fixture

@@ -15,20 +15,17 @@ Cost     About two seconds on one core for the documents of one specialty under 
 Not for clinical use: see NOTICE.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import platform
-import secrets
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from moe.data.demonstration import billing, packages, pharmacology, public, radiology, selection
 from moe.data.demonstration.chance import CLOSED_BOOK_SHARE, EVAL_SHARE, Chance
 from moe.data.demonstration.corpus import OWNERS, SPECIALTIES, SPLITS, TABLES, Corpus, Row, Topic
 from moe.errors import InputError
+from moe.whole import whole_or_absent
 
 SCHEMA = 1
 NOTICE = "Demonstration data, not for clinical use, coding or payment decisions."
@@ -59,7 +56,7 @@ def build(
     out = Path(out)
     _check_free(out)
     corpus = _collect(specialty, Chance(seed), max_characters, tables, counts)
-    with _new_folder(out) as folder:
+    with whole_or_absent(out) as folder:
         manifest = {
             "schema": SCHEMA,
             "notice": NOTICE,
@@ -157,17 +154,3 @@ def _check_free(out: Path) -> None:
         raise InputError(f"{out} exists and is not an empty folder; choose another folder or remove it")
 
 
-@contextlib.contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place on success and is removed on any failure."""
-    folder = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
-    try:
-        folder.mkdir(parents=True)
-        try:
-            yield folder
-            os.replace(folder, out)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror or error}") from error
