@@ -3,15 +3,19 @@
 Each training job is one wandb run of the group that has our run's name, and so is what came of a specialty run. Its
 id lies in the stage's folder (wandb.json): a job that goes on, by whatever launcher, goes on in the same wandb run. It
 gets the config, every row of metrics, tables of routing, and artefacts that say what was made from what. An artefact
-holds hashes and counts; no weights, which may have memorised text, and no text.
+holds hashes and counts; no weights, which may have memorised text, and no text. Of the config it gets no paths, no
+names of text files, which may be those of people, and no addresses.
 
 Where wandb cannot be reached, or has no key, the job is tracked offline and says so; `wandb sync` uploads it later.
-What goes wrong in wandb never ends a training job.
+What goes wrong in wandb never ends a training job, and nothing is asked of whoever sits at the terminal. All that wandb
+keeps lies in the stage's folder, and offline it speaks to nobody.
 """
 
 import json
 import logging
+import os
 import secrets
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,12 +24,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moe.config import PUBLIC, RunConfig, SpecialtyConfig
-from moe.manifest import file_hash
+from moe.manifest import file_hash, value_hash
+from moe.places import placeless
 from moe.run_folder import SPLITS, RunFolder
 from moe.train import preemption
 from moe.whole import write_whole
 
 INIT_SECONDS = 30  # to reach wandb's server, before the job is tracked offline
+FINISH_SECONDS = 30  # to send the last rows; what is not sent then stays for `wandb sync`
 ID_FILE = "wandb.json"
 
 log = logging.getLogger(__name__)
@@ -52,6 +58,7 @@ def text(run: RunFolder, domain: str) -> Artefact:
 
 
 def anchor(anchor_hash: str) -> Artefact:
+    """`anchor_hash` is H0."""
     return Artefact("anchor", "model", {"anchor_hash": anchor_hash})
 
 
@@ -63,15 +70,16 @@ def model(run: RunFolder) -> Artefact:
     """What an ordinary job has trained."""
     from moe.hf.source import weight_files
 
-    return Artefact("model", "model", {path.name: file_hash(path) for path in weight_files(run.model)})
+    return Artefact("model", "model", {"files": {path.name: file_hash(path) for path in weight_files(run.model)}})
 
 
 class Tracker:
     """One stage's wandb run; of other ranks, and where nothing is tracked, one that does nothing."""
 
-    def __init__(self, wandb_run: Any = None, prefix: str = ""):
-        """`prefix` stands before the names of artefacts, which wandb shares out over the whole project."""
-        self._run, self._prefix = wandb_run, prefix
+    def __init__(self, wandb_run: Any = None, prefix: str = "", folder: Path = Path()):
+        """`prefix` stands before the names of artefacts, which wandb shares out over the whole project; `folder` is the
+        stage's."""
+        self._run, self._prefix, self._folder = wandb_run, prefix, folder
         self._made_from: dict[str, dict[str, Any]] = {}
         self._alarm: str | None = None
 
@@ -90,8 +98,9 @@ class Tracker:
         """What the run's product is made from; read only where it is tracked."""
         self._try(lambda: self._used(list(artefacts)))
 
-    def made(self, artefact: Artefact) -> None:
-        self._try(lambda: self._run.log_artifact(self._artifact(artefact)))
+    def made(self, artefact: Callable[[], Artefact]) -> None:
+        """What the run's product is; found out only where it is tracked."""
+        self._try(lambda: self._run.log_artifact(self._artifact(artefact())))
 
     def summary(self, figures: dict[str, Any]) -> None:
         """Numbers that the run ends with."""
@@ -115,10 +124,11 @@ class Tracker:
         values: dict[str, Any] = _numbers({"update": row["step"], **row})
         del values["step"]
         if load := row.get("routing", {}).get("load"):
-            values["routing/load"] = _table(("layer", "expert", "share"), _cells(load))
+            values["routing/load"] = _table(("layer", *_experts(load)), [(n, *own) for n, own in enumerate(load)])
         if share := row.get("share"):
-            cells = [(domain, *cell) for domain, layers in share.items() for cell in _cells(layers)]
-            values["routing/share"] = _table(("domain", "layer", "expert", "share"), cells)
+            columns = ("domain", "layer", *_experts(next(iter(share.values()))))
+            rows = [(domain, n, *own) for domain, layers in share.items() for n, own in enumerate(layers)]
+            values["routing/share"] = _table(columns, rows)
         self._run.log(values)
         if (alarm := row.get("alarm")) and alarm != self._alarm:
             self._run.alert(f"update {row['step']}", alarm)
@@ -136,8 +146,12 @@ class Tracker:
 
         # Its version is the hash of the file in it: what two runs have in common is one version.
         artifact = wandb.Artifact(f"{self._prefix}{artefact.name}", artefact.kind, metadata=artefact.provenance)
-        with artifact.new_file("provenance.json") as file:
-            json.dump(artefact.provenance, file, indent=1, sort_keys=True)
+        text = json.dumps(artefact.provenance, indent=1, sort_keys=True)
+        path = self._folder / "wandb" / "provenance" / f"{artefact.name}-{value_hash(artefact.provenance)[:16]}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text)
+        # Not copied: wandb would keep the copy, and nobody changes a file whose name says what is in it.
+        artifact.add_file(str(path), name="provenance.json", policy="immutable")
         return artifact
 
     def _try(self, do: Callable[[], Any]) -> None:
@@ -155,7 +169,7 @@ def tracked(config: RunConfig, run: RunFolder, stage: str, rank: int = 0) -> Ite
     """A tracker of a stage. A job that stops at a checkpoint has not failed: it goes on in the same wandb run."""
     tracker = Tracker()
     if rank == 0 and config.tracking.wandb != "off":
-        tracker = Tracker(_start(config, run, stage), f"{config.run.name}-")
+        tracker = Tracker(_start(config, run, stage), f"{config.run.name}-", run.stage(stage))
     try:
         yield tracker
     except BaseException:
@@ -174,7 +188,7 @@ def track_results(config: SpecialtyConfig, run: RunFolder) -> None:
         tracker.used([anchor(results["anchor_hash"]), *(pack(run, owner) for owner in config.owners)])
         slots = {owner: section.slot for owner, section in config.owners.items()}
         identity = {"model_hash": results["model_hash"], "anchor_hash": results["anchor_hash"], "slots": slots}
-        tracker.made(Artefact("model", "model", identity))
+        tracker.made(lambda: Artefact("model", "model", identity))
         columns = ("anchor_bpb", "pack_bpb", "merged_bpb", "without_owner_bpb")
         tracker.table("bits_per_byte", ("text", *columns),
                       [(name, *(own.get(column) for column in columns)) for name, own in texts.items()])
@@ -187,11 +201,10 @@ def track_results(config: SpecialtyConfig, run: RunFolder) -> None:
 
 def _start(config: RunConfig, run: RunFolder, stage: str) -> Any:
     """The stage's wandb run, a new one or the one it began; None where wandb does not work at all."""
-    import wandb  # half a second that only those who use it pay
-
     folder = run.stage(stage)
 
-    def init(mode: str) -> Any:
+    def init(wandb: Any, mode: str) -> Any:
+        wandb.setup(_settings(wandb))  # else it would ask a terminal for a key before it reads what `init` is given
         return wandb.init(
             project=config.tracking.project,
             id=_id(folder),
@@ -199,25 +212,52 @@ def _start(config: RunConfig, run: RunFolder, stage: str) -> Any:
             group=config.run.name,
             job_type=stage.split("-")[0],
             name=f"{config.run.name}/{stage}",
-            config=config.model_dump(mode="json"),
+            config=_told(config),
             dir=str(folder),
             mode=mode,
             settings=_settings(wandb),
         )
 
     try:
+        wandb = _import(folder / "wandb")
         try:
-            started = init(config.tracking.wandb)
+            started = init(wandb, config.tracking.wandb)
         except (wandb.errors.CommError, wandb.errors.UsageError) as error:
             log.warning("wandb: %s; tracked offline in %s, for `wandb sync`", _first_line(error), folder / "wandb")
             wandb.teardown()  # which remembers the failure
-            started = init("offline")
+            started = init(wandb, "offline")
         # Updates that are made again after a fault come twice, and are the same: wandb's own count of rows is no axis.
         started.define_metric("*", step_metric="update")
         return started
     except Exception as error:
         log.warning("wandb: %s: %s; the run goes on untracked", type(error).__name__, _first_line(error))
         return None
+
+
+def _import(folder: Path) -> Any:
+    """wandb: half a second that only those who use it pay. Its own files go to `folder`, and not to the user's home or
+    to where they would outlive a process that is killed; of its own errors it tells nobody."""
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["WANDB_ERROR_REPORTING"] = "false"
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_ARTIFACT_DIR"):
+        os.environ[name] = str(folder)
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)  # where it makes folders for tables when it is imported
+    try:
+        import wandb
+    finally:
+        tempfile.tempdir = before
+    return wandb
+
+
+def _told(config: RunConfig) -> dict[str, Any]:
+    """The config as others may know it; of files of text how many there are."""
+    values = placeless(config.model_dump(mode="json"))
+    values["cluster"].pop("address", None)
+    sections = values["domains"].values() if "domains" in values else (
+        values["public"], *(owner["data"] for owner in values["owners"].values()))  # fmt: skip
+    for section in sections:
+        section |= {key: len(section[key]) for key in ("documents", "held_out")}
+    return values
 
 
 def _settings(wandb: Any) -> Any:
@@ -231,6 +271,7 @@ def _settings(wandb: Any) -> Any:
         username="",
         program="polyclinic",
         init_timeout=INIT_SECONDS,
+        finish_timeout=FINISH_SECONDS,
         x_disable_machine_info=True,
         x_disable_meta=True,
         x_disable_stats=True,
@@ -260,8 +301,9 @@ def _numbers(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
     return found
 
 
-def _cells(layers: Sequence[Sequence[float]]) -> list[tuple[int, int, float]]:
-    return [(layer, expert, share) for layer, shares in enumerate(layers) for expert, share in enumerate(shares)]
+def _experts(layers: Sequence[Sequence[float]]) -> list[str]:
+    """A column for each expert: wandb cuts off tables of more than 10,000 rows."""
+    return [str(expert) for expert in range(max(map(len, layers)))]
 
 
 def _flat(figures: dict[str, dict[str, float]]) -> list[tuple[str, str, float]]:

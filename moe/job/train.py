@@ -84,7 +84,7 @@ def train_job(
 
         def write() -> None:
             save(config, run, tokens, settings)
-            tracker.made(tracking.model(run))
+            tracker.made(lambda: tracking.model(run))
 
         together(write if dist.get_rank() == 0 else None, device, beat, "model")
         dist.barrier()

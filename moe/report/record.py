@@ -1,11 +1,10 @@
 """What lies in a run's folder, as the report reads it. Small files only: no weights, no text.
 
-Nothing that names a place on a machine leaves here: of an absolute path only its last part does.
+Of paths in what leaves here only the last part does (moe.places).
 """
 
 import json
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,12 @@ from moe.config import ANCHOR, PUBLIC
 from moe.errors import InputError
 from moe.job.stages import TRAIN
 from moe.manifest import value_hash
+from moe.places import placeless, without_places
 from moe.run_folder import RunFolder
 
 SCHEMA = 1
 COUNTS = ("documents", "tokens", "bytes")
 SPLITS = {"train": "training", "eval": "held out", "calibration": "calibration"}
-# A path that begins at the root, at a home or at a drive, with all but its last part: (not of a URL, not a/b)
-PLACE = re.compile(r"(?<![\w:/.…])(?:~[\w.-]*|[A-Za-z]:)?[/\\](?:[^\s/\\:;,'\"()\[\]]+[/\\])+")
 
 Row = dict[str, Any]
 
@@ -105,23 +103,7 @@ def read(run: RunFolder) -> Record:
     if results and results.get("schema") != SCHEMA:
         raise InputError(f"{run.results} has schema {results.get('schema')}: this version reads schema {SCHEMA}")
     stale = results is not None and results["config_hash"] != manifest["config_hash"]
-    return Record(run, _placeless(config), manifest, None if stale else results, stale)
-
-
-def without_places(text: str) -> str:
-    """/home/someone/data/reports.jsonl becomes …/reports.jsonl."""
-    return PLACE.sub("…/", text)
-
-
-def _placeless(value: Any) -> Any:
-    """Of a config's values those that are paths: there a space does not end them."""
-    if isinstance(value, dict):
-        return {key: _placeless(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_placeless(inner) for inner in value]
-    if isinstance(value, str) and (value.startswith(("/", "~", "..")) or re.match(r"[A-Za-z]:[/\\]", value)):
-        return "…/" + re.split(r"[/\\]", value.rstrip("/\\"))[-1]
-    return without_places(value) if isinstance(value, str) else value
+    return Record(run, placeless(config), manifest, None if stale else results, stale)
 
 
 def _json(path: Path) -> Row:

@@ -55,7 +55,7 @@ def train_anchor(
         def write() -> None:
             anchor = ModelFolder(model.cpu(), tokens, tokenizer_config=settings)
             model_folder.save(run.anchor, anchor)
-            tracker.made(tracking.anchor(anchor.identity()))
+            tracker.made(lambda: tracking.anchor(anchor.identity()))
 
         together(write if dist.get_rank() == 0 else None, device, beat, "model")
         dist.barrier()
@@ -111,7 +111,7 @@ def train_pack(
         def write() -> None:
             data = {"data": value_hash(train_text.manifest), "public_data": value_hash(public.manifest)}
             Pack.of(model, owner, anchor_hash, {**data, "training": identity}).save(run.pack(owner))
-            tracker.made(tracking.pack(run, owner))
+            tracker.made(lambda: tracking.pack(run, owner))
 
         beat("router")
         if dist.get_rank() == 0:

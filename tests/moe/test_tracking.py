@@ -1,8 +1,16 @@
 """What wandb is told of a run, read back from the file it keeps while offline: numbers, tables, provenance, no text."""
 
+import contextlib
+import http.server
 import json
 import logging
+import os
+import pty
+import select
 import struct
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,7 +22,9 @@ from moe.config import SpecialtyConfig
 from moe.config_file import load
 from moe.run_folder import RunFolder
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+PATIENCE = 90  # seconds, on a busy machine
 BLOCK, HEADER, FILE_HEADER = 32768, 7, 7  # bytes, of the LevelDB log format that wandb writes
 
 
@@ -92,9 +102,9 @@ def test_rows_become_numbers_and_tables(config, run):
     assert numbers == {"update": 3, "loss": 2.5, "domains/public": 2.0, "routing/max_violation": 0.5}
     tables = {path.name.split("_")[0]: json.loads(path.read_text())
               for path in run.stage("anchor").glob("wandb/*/files/media/table/routing/*.json")}
-    assert tables["load"] == {"columns": ["layer", "expert", "share"],
-                              "data": [[0, 0, 0.25], [0, 1, 0.75], [1, 0, 1.0], [1, 1, 0.0]]}
-    assert tables["share"]["data"][-1] == ["public", 1, 1, 0.9]
+    assert tables["load"] == {"columns": ["layer", "0", "1"], "data": [[0, 0.25, 0.75], [1, 1.0, 0.0]]}
+    assert tables["share"] == {"columns": ["domain", "layer", "0", "1"],
+                               "data": [["public", 0, 0.5, 0.5], ["public", 1, 0.1, 0.9]]}
     (alert,) = of_kind(run.stage("anchor"), "alert")
     assert (alert.title, alert.text) == ("update 3", ROW["alarm"])
 
@@ -127,7 +137,7 @@ def test_runs_belong_together_and_have_the_config(config, run):
 def test_artefacts_say_what_was_made_from_what(config, run):
     with tracking.tracked(config, run, "anchor") as tracker:
         tracker.used([tracking.Artefact("data-public", "dataset", {"train": {"hash": "ab"}})])
-        tracker.made(tracking.anchor("cd" * 32))
+        tracker.made(lambda: tracking.anchor("cd" * 32))
     (made,) = artifacts(run.stage("anchor"))
     assert (made.name, made.type, json.loads(made.metadata)) == ("ours-anchor", "model", {"anchor_hash": "cd" * 32})
     assert [entry.path for entry in made.manifest.contents] == ["provenance.json"]
@@ -142,6 +152,94 @@ def test_nothing_is_known_of_machine_or_user(config, run):
     assert (began.host, began.git.remote_url, began.git.commit) == ("", "", "")
     names = {path.name for path in run.stage("anchor").rglob("*") if path.is_file()}
     assert not names & {"requirements.txt", "wandb-metadata.json", "output.log"}
+
+
+def test_paths_names_of_files_and_addresses_stay_here(config, run, tmp_path):
+    files = tuple(tmp_path / "mary smith" / name for name in ("doe.jsonl", "roe.jsonl"))
+    data = config.public.model_copy(update={"demonstration": None, "documents": files})
+    billing = config.owners["billing"].model_copy(update={"data": data})
+    told = config.model_copy(update={
+        "owners": {**config.owners, "billing": billing}, "public": data,
+        "cluster": config.cluster.model_copy(update={"address": "ray://10.0.0.7:10001"}),
+    })  # fmt: skip
+    with tracking.tracked(told, run, "anchor"):
+        pass
+    values = {item.key: json.loads(item.value_json) for item in of_kind(run.stage("anchor"), "run")[0].config.update}
+    assert values["run"]["folder"] == f"…/{tmp_path.name}"
+    assert values["public"]["documents"] == values["owners"]["billing"]["data"]["documents"] == 2
+    written = b"".join(path.read_bytes() for path in run.stage("anchor").rglob("*.wandb"))
+    assert all(word not in written for word in (b"mary", b"doe.jsonl", b"10.0.0.7", str(tmp_path).encode()))
+
+
+ALONE = """
+import sys
+from pathlib import Path
+from moe import tracking
+from moe.config_file import load
+from moe.run_folder import RunFolder
+config = load(Path(sys.argv[1]), [f"run.folder={sys.argv[2]}", "run.name=ours", f"tracking.wandb={sys.argv[3]}"])
+run = RunFolder(config.run.path)
+run.stage("anchor").mkdir(parents=True)
+with tracking.tracked(config, run, "anchor") as tracker:
+    tracker.hear(lambda row: False)({"step": 1, "loss": 1.0, "share": {"public": [[0.5, 0.5]]}})
+    tracker.made(lambda: tracking.anchor("cd" * 32))
+print("closed")
+"""
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A function: a tracked stage in a process of its own, whose user has a terminal, a home and no key; what it
+    said."""
+
+    def track(mode, **env):
+        ours, theirs = pty.openpty()
+        for name in ("home", "tmp"):
+            (tmp_path / name).mkdir()
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+        clean |= {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": str(ROOT), **env}
+        process = subprocess.Popen([sys.executable, "-c", ALONE, CONFIGS / "quickstart.yaml", tmp_path / "runs", mode],
+                                   stdin=theirs, stdout=theirs, stderr=theirs, env=clean)
+        os.close(theirs)
+        said = b""
+        try:
+            with contextlib.suppress(OSError):  # the terminal ends with the last who has it
+                while select.select([ours], [], [], PATIENCE)[0] and (piece := os.read(ours, 4096)):
+                    said += piece
+            assert process.wait(timeout=PATIENCE) == 0 and b"closed" in said, said.decode()
+        finally:
+            process.kill()
+            os.close(ours)
+        return said.decode()
+
+    return track
+
+
+def test_nobody_is_asked_for_a_key(alone, tmp_path):
+    said = alone("online", WANDB_INIT_TIMEOUT="5")
+    assert "offline" in said and "Enter your choice" not in said
+    assert history(RunFolder(tmp_path / "runs/ours").stage("anchor"))[0]["loss"] == 1.0
+
+
+def test_offline_speaks_to_nobody_and_leaves_nothing_elsewhere(alone, tmp_path):
+    asked = []
+
+    class Listener(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(self.path)
+
+        do_GET = do_POST
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Listener) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        alone("offline", WANDB_BASE_URL=f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert asked == []
+    left = [path for name in ("home", "tmp") for path in (tmp_path / name).rglob("*") if path.is_file()]
+    assert [path for path in left if "wandb" in str(path).lower() or path.name == "provenance.json"] == []
 
 
 def test_without_a_key_it_is_tracked_offline(config, run, monkeypatch, caplog):

@@ -69,13 +69,3 @@ def test_a_line_that_was_cut_short_is_passed_over(job_run, tmp_path):
             file.write('{"step": 9, "lo')
     found = record.read(run)
     assert len(found.metrics("train")) == 8 and len(found.events("train")) == 4
-
-
-def test_places_are_taken_out_of_what_was_said():
-    for said, told in {
-        "see /home/someone/runs/job/stages: it is there": "see …/stages: it is there",
-        "~/data/reports.jsonl row 3": "…/reports.jsonl row 3",
-        r"C:\Users\someone\reports.jsonl": "…/reports.jsonl",
-        "https://example.org/a and moe/train/loop.py and 3/4": "https://example.org/a and moe/train/loop.py and 3/4",
-    }.items():
-        assert record.without_places(said) == told
