@@ -3,6 +3,7 @@
 import json
 import tempfile
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from launch.terminal import bar
+from launch.terminal import bar, written
 from launch.use_options import Mix, Owners, chosen, load, mix_in
 from moe.errors import InputError
 
@@ -42,6 +43,7 @@ def evaluate(
     """
     files = [_named(text) for text in texts or []]
     _check(files, task or [], include)
+    _check_used(files, task or [], removals, max_tokens, {"include": include, "limit": limit, "fewshot": fewshot})
     loaded = load(model)
     subsets = _subsets(loaded, None if owners is None else chosen(owners), removals)
     mix_in(loaded, mix)
@@ -72,12 +74,24 @@ def _check(files: list[tuple[str, Path]], tasks: list[str], include: Path | None
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"two texts are called {twice}: want a name before each, such as new={files[-1][1]}")
     for name, path in files:
-        if path.suffix not in (".jsonl", ".parquet") or not path.is_file():
-            raise InputError(f"{name}: {path} is no file of documents: want one that ends in .jsonl or .parquet")
+        if path.suffix not in (".jsonl", ".parquet"):
+            raise InputError(f"{name}: {path} has the ending {path.suffix!r}: want .jsonl or .parquet")
+        if not path.is_file():
+            raise InputError(f"{name}: {path} does not exist: want a file of documents")
     if include and not include.is_dir():
         raise InputError(f"--include {include} is no folder: want one with YAML files of tasks")
     if tasks and find_spec("lm_eval") is None:
         raise InputError("--task wants the package lm-eval, which is not installed: pip install 'polyclinic[eval]'")
+
+
+def _check_used(files: list[tuple[str, Path]], tasks: list[str], removals: bool, max_tokens: int | None,
+                of_tasks: dict[str, Any]) -> None:  # fmt: skip
+    """That no option is given which would change nothing."""
+    if not tasks and (useless := next((name for name, value in of_tasks.items() if value is not None), None)):
+        raise InputError(f"--{useless} is given without --task: want a task, or it left out")
+    if not files and (removals or max_tokens):
+        raise InputError(f"--{'removals' if removals else 'max-tokens'} is given without texts: want a file of "
+                         "documents, or it left out")
 
 
 def _subsets(loaded: "ModelFolder", owners: list[str] | None, removals: bool) -> dict[str, list[str] | None]:
@@ -99,10 +113,13 @@ def _bits(loaded: "ModelFolder", files: list[tuple[str, Path]], subsets: dict[st
     from moe.eval.bits import count_bits
 
     measured: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as scratch:
+    with written(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as scratch:
         for name, path in files:
             folder = Path(scratch, str(len(measured)))
-            counts = shards.write(folder, sources.documents(path), loaded.tokenizer, special=loaded.special)
+            documents = iter(sources.documents(path))
+            if (first := next(documents, None)) is None:
+                raise InputError(f"{name}: {path} has no documents: want at least one")
+            counts = shards.write(folder, chain([first], documents), loaded.tokenizer, special=loaded.special)
             packed = shards.PackedDocuments(folder)
             total = min(counts["tokens"], max_tokens or counts["tokens"]) * len(subsets)
             task = shown.add_task(f"{name}: tokens", total=total)

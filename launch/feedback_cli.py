@@ -9,15 +9,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from launch.terminal import say
+from launch.graph import RunFailed
+from launch.terminal import say, written
+from moe.config import STAKEHOLDERS
 from moe.errors import InputError
+from moe.whole import write_whole
 
 app = typer.Typer(no_args_is_help=True, help="Keep what people say of answers, for the owner's next alignment.\n\n"
                                              "Example: polyclinic feedback list feedback")
 
 Queue = Annotated[Path, typer.Argument(help="The queue's folder; made where there is none.")]
 Owner = Annotated[str | None, typer.Option(help="Whose expert the answer is about.")]
-Stakeholder = Annotated[str | None, typer.Option(help="clinician, patient, payer or educator: who judges.")]
+Stakeholder = Annotated[Literal[*STAKEHOLDERS] | None, typer.Option(help="Who judges.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
@@ -53,7 +56,11 @@ def add(
                       for number, row in enumerate(_rows(from_file), start=1)]
     else:
         judgements = [feedback.parse(given, "feedback")]
-    added, known = feedback.add(queue, judgements)
+    try:
+        added, known = feedback.add(queue, judgements)
+    except OSError as error:
+        raise RunFailed(f"{queue} cannot be written: {error.strerror or error}; what is in it stays, and the same "
+                        "command adds what is missing") from error
     if as_json:
         print(json.dumps({"added": added, "known": known}))
         return
@@ -85,7 +92,13 @@ def show(
     found = list(feedback.read(queue, owner, stakeholder))
     if export:
         rows = feedback.as_preferences(found) if export == "dpo" else feedback.as_thumbs(found)
-        _write(out, rows)
+        if not rows:
+            raise InputError(f"{out} would have no rows: the queue has no judgements of that kind")
+        with written(out):
+            write_whole(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), feedback.WRITER_ONLY)
+        if as_json:
+            print(json.dumps({"rows": len(rows), "judgements": len(found)}))
+            return
         say(f"{out}: {len(rows)} rows of {len(found)} judgements")
         return
     kinds = [(j.owner, j.stakeholder, j.thumb or "pair") for j in found]
@@ -122,12 +135,3 @@ def _rows(path: Path) -> list[Any]:
     if not path.is_file() or path.suffix not in files.ENDINGS:
         raise InputError(f"--from {path}: want a file that ends in .jsonl or .parquet")
     return list(files.rows(path))
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Whole or not at all."""
-    if not rows:
-        raise InputError(f"{path} would have no rows: the queue has no judgements of that kind")
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    partial.rename(path)

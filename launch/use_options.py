@@ -26,7 +26,8 @@ def load(model: Path) -> "ModelFolder":
 
 
 def chosen(owners: str) -> list[str]:
-    return [name for name in owners.split(",") if name not in ("", "none")]
+    """Each once, in the order in which they are named."""
+    return list(dict.fromkeys(name for part in owners.split(",") if (name := part.strip()) not in ("", "none")))
 
 
 def mix_in(loaded: "ModelFolder", mix: str | None) -> None:
@@ -34,7 +35,7 @@ def mix_in(loaded: "ModelFolder", mix: str | None) -> None:
     if mix is None:
         return
     weights: dict[str, float] = {}
-    for part in mix.split(","):
+    for part in map(str.strip, mix.split(",")):
         group, _, said = part.partition("=")
         try:
             weight = float(said)

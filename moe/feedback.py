@@ -60,26 +60,39 @@ class Judgement(Section):
 
 
 def parse(values: Any, where: str) -> Judgement:
-    """Raises InputError naming `where` and the key."""
+    """Of a line of a queue too, whose id is then held against what it is of. Raises InputError naming `where` and the
+    key."""
+    known = None
+    if isinstance(values, dict):
+        values = dict(values)
+        known = values.pop("id", None)
     try:
-        return Judgement.model_validate(values)
+        judgement = Judgement.model_validate(values)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         key = ".".join(map(str, problem["loc"]))
         said = problem["msg"].removeprefix("Value error, ").replace("Input should be", "want")
         raise InputError(f"{where}: {f'{key}: ' if key else ''}{said}") from None
+    if known not in (None, judgement.id):
+        raise InputError(f"{where}: id={known!r} is not that of this judgement: want {judgement.id}, or no id")
+    return judgement
 
 
 def add(queue: Path, judgements: Iterable[Judgement]) -> tuple[int, int]:
-    """Put them at the end of their owners' files: (how many were added, how many were there already)."""
+    """Put them at the end of their owners' files: (how many were added, how many were there already). Raises InputError
+    where the queue is no folder, or a line of it is none of ours; OSError where it cannot be written: what was added
+    until then stays, and adding again adds the rest."""
     by_owner: dict[str, list[Judgement]] = {}
     for judgement in judgements:
         by_owner.setdefault(judgement.owner, []).append(judgement)
     added = known = 0
+    if queue.exists() and not queue.is_dir():
+        raise InputError(f"{queue} is no folder: want a queue, or a name that is free")
     queue.mkdir(parents=True, exist_ok=True)
     for owner, own in by_owner.items():
-        with _open(queue / f"{owner}.jsonl") as file:
-            there = {json.loads(line)["id"] for line in file}
+        path = queue / f"{owner}.jsonl"
+        with _open(path) as file:
+            there = {_values(line, f"{path} line {number}")["id"] for number, line in enumerate(file, start=1)}
             lines = []
             for judgement in own:
                 if judgement.id in there:
@@ -105,12 +118,8 @@ def read(queue: Path, owner: str | None = None, stakeholder: str | None = None) 
         for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
             if not line.endswith(b"\n"):
                 break  # being written, or what a power cut has left
-            try:
-                values = json.loads(line)
-                values.pop("id")
-            except (ValueError, KeyError, AttributeError) as error:
-                raise InputError(f"{path} line {number} is none of a queue: want it as it was written") from error
-            judgement = parse(values, f"{path} line {number}")
+            where = f"{path} line {number}"
+            judgement = parse(_values(line, where), where)
             if stakeholder in (None, judgement.stakeholder):
                 yield judgement
 
@@ -131,6 +140,17 @@ def as_thumbs(judgements: Iterable[Judgement]) -> list[dict[str, Any]]:
     return rows
 
 
+def _values(line: bytes, where: str) -> dict[str, Any]:
+    """Of a line of a queue."""
+    try:
+        values = json.loads(line)
+        if not isinstance(values["id"], str):
+            raise ValueError("its id is no text")
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{where} is none of a queue: want it as it was written") from None
+    return values
+
+
 def _line(judgement: Judgement) -> bytes:
     values = {"id": judgement.id, **judgement.model_dump(mode="json", exclude_none=True)}
     return (json.dumps(values, ensure_ascii=False) + "\n").encode()
@@ -139,11 +159,7 @@ def _line(judgement: Judgement) -> bytes:
 @contextmanager
 def _open(path: Path) -> Iterator[BinaryIO]:
     """An owner's file, ours alone until it is closed, read from its beginning and written at its end."""
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, WRITER_ONLY)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from error
-    with os.fdopen(handle, "r+b") as file:
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, WRITER_ONLY), "r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         _take_torn_aside(path, file)
         yield file

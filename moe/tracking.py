@@ -16,7 +16,7 @@ import logging
 import os
 import secrets
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
@@ -94,9 +94,9 @@ class Tracker:
 
         return heard
 
-    def used(self, artefacts: Iterable[Artefact]) -> None:
-        """What the run's product is made from; read only where it is tracked."""
-        self._try(lambda: self._used(list(artefacts)))
+    def used(self, artefacts: Callable[[], Sequence[Artefact]]) -> None:
+        """What the run's product is made from; found out only where it is tracked."""
+        self._try(lambda: self._used(artefacts()))
 
     def made(self, artefact: Callable[[], Artefact]) -> None:
         """What the run's product is; found out only where it is tracked."""
@@ -185,7 +185,7 @@ def track_results(config: SpecialtyConfig, run: RunFolder) -> None:
     results = json.loads(run.results.read_text())
     texts = {PUBLIC: results["public"], **results["specialties"]}
     with tracked(config, run, "merge") as tracker:
-        tracker.used([anchor(results["anchor_hash"]), *(pack(run, owner) for owner in config.owners)])
+        tracker.used(lambda: [anchor(results["anchor_hash"]), *(pack(run, owner) for owner in config.owners)])
         slots = {owner: section.slot for owner, section in config.owners.items()}
         identity = {"model_hash": results["model_hash"], "anchor_hash": results["anchor_hash"], "slots": slots}
         tracker.made(lambda: Artefact("model", "model", identity))

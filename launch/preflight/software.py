@@ -8,10 +8,11 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from launch.preflight.finding import Finding
 from launch.preflight.nvidia import ABSENT, Seen
-from moe.config import RunConfig
+from moe.config import PUBLIC, JobConfig, RunConfig
 from moe.data import sources
 from moe.data.demonstration import packages
 from moe.data.prepare import domains
@@ -20,7 +21,7 @@ from moe.errors import InputError
 OURS = ("kernels", "moe", "launch")
 DISTRIBUTION = "polyclinic"
 TRITON = {"2.11": "3.6", "2.12": "3.7", "2.13": "3.7", "2.14": "3.8"}  # of a torch; its CUDA builds name it themselves
-WANDB_HOST = "api.wandb.ai"
+WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # of its own servers, by its older and newer packages
 
 
 def versions() -> dict[str, str | None]:
@@ -127,12 +128,19 @@ def corpus(config: RunConfig | None) -> list[Finding]:
         try:
             sources.check(name, data)
         except InputError as error:
-            found.append(Finding(f"text of {name}", "wrong", str(error), f"mend domains.{name} or owners.{name}.data"))
+            found.append(Finding(f"text of {name}", "wrong", str(error), f"mend {_key(config, name)}"))
         else:
             files = len((*data.documents, *data.held_out))
             what = f"{files} files, whose licence you know" if files else "words drawn by chance"
             found.append(Finding(f"text of {name}", "ok", what))
     return found
+
+
+def _key(config: RunConfig, domain: str) -> str:
+    """Of a config, that says where a domain's text is."""
+    if isinstance(config, JobConfig):
+        return f"domains.{domain}"
+    return PUBLIC if domain == PUBLIC else f"owners.{domain}.data"
 
 
 def _demonstration(specialty: str, state: str = "warning") -> Finding:
@@ -153,11 +161,14 @@ def wandb(config: RunConfig | None, environment: Mapping[str, str] | None = None
     environment = os.environ if environment is None else environment
     if environment.get("WANDB_API_KEY"):
         return Finding("W&B", "ok", "WANDB_API_KEY is set")
+    own = urlsplit(environment.get("WANDB_BASE_URL", "")).hostname
+    path = Path(environment.get("NETRC") or (home or Path.home()) / ".netrc")
     try:
-        known = netrc.netrc(str((home or Path.home()) / ".netrc")).authenticators(WANDB_HOST)
+        entries = netrc.netrc(str(path)).hosts
     except (OSError, netrc.NetrcParseError):
-        known = None
-    if known:
-        return Finding("W&B", "ok", f"~/.netrc has a key for {WANDB_HOST}")
-    return Finding("W&B", "wrong", "tracking.wandb=online, and there is no key",
+        entries = {}
+    hosts = (own,) if own else WANDB_HOSTS
+    if known := next((host for host in hosts if host in entries), None):
+        return Finding("W&B", "ok", f"{path.name} has a key for {known}")
+    return Finding("W&B", "wrong", f"tracking.wandb=online, and there is no key for {' or '.join(hosts)}",
                    "wandb login, or set WANDB_API_KEY, or tracking.wandb=offline")

@@ -31,6 +31,7 @@ GENERATIONS = 16  # at once
 LOGITS_ROWS = 1024  # at once, of the whole vocabulary in float32
 BOOTSTRAP = 1000  # draws, for the standard errors that have no formula
 NEW_TOKENS = 256  # where a task does not say
+MOST_SAID = 200  # letters of somebody else's error
 
 
 class HarnessModel(TemplateLM):
@@ -84,8 +85,12 @@ class HarnessModel(TemplateLM):
         return answers
 
     def _cut(self, pair: Pair) -> tuple[list[int], list[int]]:
-        """What is read and what is predicted of it; too long a context loses its beginning."""
+        """What is read and what is predicted of it; too long a context loses its beginning. Raises InputError for a
+        continuation that is too long itself."""
         _, context, continuation = pair
+        if len(continuation) > self.max_length:
+            raise InputError(f"a task has an answer of {len(continuation)} tokens: want at most "
+                             f"model.context_length={self.max_length}")
         return (context + continuation)[-(self.max_length + 1) : -1], continuation
 
     def _score(self, batch: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
@@ -131,14 +136,22 @@ def run_tasks(model: HarnessModel, tasks: Sequence[str], include: Path | None, l
     """Of each task its metrics, as lm-eval names them; a group's tasks beside the group. `tasks` are names that lm-eval
     knows, or that files in `include` have.
 
-    Raises InputError for a task that nobody knows."""
+    Raises InputError for a task that nobody knows, or that does not run: its data are not to be had, its template is
+    wrong."""
     manager = TaskManager(include_path=str(include) if include else None)
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         where = f"lm-eval and {include}" if include else "lm-eval"
         raise InputError(f"task {unknown[0]} is not known to {where}: want one of `lm-eval ls tasks`, or --include "
                          "with the folder of its YAML file")
-    found = evaluator.simple_evaluate(model, tasks=list(tasks), task_manager=manager, limit=limit,
-                                      num_fewshot=num_fewshot, bootstrap_iters=BOOTSTRAP, log_samples=False)
+    try:
+        found = evaluator.simple_evaluate(model, tasks=list(tasks), task_manager=manager, limit=limit,
+                                          num_fewshot=num_fewshot, bootstrap_iters=BOOTSTRAP, log_samples=False)
+    except InputError:
+        raise
+    except Exception as error:  # what lm-eval and datasets raise has many types
+        said = next(iter(str(error).strip().splitlines()), "")[:MOST_SAID]
+        raise InputError(f"tasks {', '.join(tasks)} do not run: {type(error).__name__}: {said}; want tasks whose data "
+                         "can be had and whose template fits them") from error
     return {name: {metric: value for metric, value in own.items() if isinstance(value, int | float)}
             for name, own in found["results"].items()}
 

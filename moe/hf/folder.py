@@ -204,8 +204,9 @@ def _described(folder: Path) -> tuple[Decoder, dict[str, int], str | None]:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} is not a whole model folder: {error}") from error
-    if config.get("model_type") != MODEL_TYPE:
-        raise InputError(f"{folder} holds a model of type {config.get('model_type')!r}: want {MODEL_TYPE!r}")
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind != MODEL_TYPE:
+        raise InputError(f"{folder} holds a model of type {kind!r}: want {MODEL_TYPE!r}")
     try:
         # Keys that have come since the folder was written are at their defaults there.
         section = ModelConfig.model_validate({key: config[key] for key, field in ModelConfig.model_fields.items()

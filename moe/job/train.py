@@ -70,7 +70,7 @@ def train_job(
         return row | {"share": found["routing"]["share"]} if "routing" in found else row
 
     with tracking.tracked(config, run, stages.TRAIN, dist.get_rank()) as tracker:
-        tracker.used(tracking.text(run, domain) for domain in config.domains)
+        tracker.used(lambda: [tracking.text(run, domain) for domain in config.domains])
 
         def at_end(forward: Forward) -> None:
             found = figures(forward, config.evaluation.tokens) | {"world_size": dist.get_world_size()}

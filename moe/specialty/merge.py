@@ -66,7 +66,8 @@ def opt_out(model: ModelFolder, owners: Iterable[str]) -> ModelFolder:
     Raises InputError naming an owner the model does not have."""
     leaving = set(owners)
     if unknown := leaving - model.owners.keys():
-        raise InputError(f"owner {min(unknown)} is not in the model: want some of {', '.join(model.owners)}")
+        there = ", ".join(model.owners) or "nobody"
+        raise InputError(f"owner {min(unknown)} is not in the model: want some of {there}")
     stay = {name: slot for name, slot in model.owners.items() if name not in leaving}
     source = model.decoder
     ranks = {slot: source.ranks.get(slot, {}) for slot in stay.values()}

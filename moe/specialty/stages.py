@@ -38,19 +38,22 @@ def train_anchor(
     beat: Beat = no_watchdog,
 ) -> bool:
     """Pretrain the dense anchor on public text, from scratch or from the base model, and write stages/anchor/model;
-    False when it stopped before its end.
+    False when it stopped before its end. Without updates that is the base model, bit for bit, whatever the run's
+    precision.
 
     Every rank of the job must call it."""
     tokens, settings = tokenizer.load(run.tokenizer), tokenizer.load_config(run.tokenizer)
     known = tokenizer.identity(tokens, tokenizer.special_of(settings))
-    model = _first_anchor(config, device, beat).to(device)
-    own, held_out = _open(run, [(PUBLIC, "train"), (PUBLIC, "eval")], known, device, beat)
-    loader = _loader(config, config.anchor, own)
-    job = _job(config, run, "anchor", identity, config.anchor)
+    model = _first_anchor(config, device, beat)
     with tracking.tracked(config, run, "anchor", dist.get_rank()) as tracker:
-        tracker.used(tracking.text(run, name) for name in (PUBLIC,))
-        if not train(job, model, loader, _held_out(model, held_out, beat), tracker.hear(report), beat=beat):
-            return False
+        if config.anchor.steps:
+            tracker.used(lambda: [tracking.text(run, PUBLIC)])
+            own, held_out = _open(run, [(PUBLIC, "train"), (PUBLIC, "eval")], known, device, beat)
+            loader = _loader(config, config.anchor, own)
+            job = _job(config, run, "anchor", identity, config.anchor)
+            model.to(device)
+            if not train(job, model, loader, _held_out(model, held_out, beat), tracker.hear(report), beat=beat):
+                return False
 
         def write() -> None:
             anchor = ModelFolder(model.cpu(), tokens, tokenizer_config=settings)
@@ -102,8 +105,7 @@ def train_pack(
     loader = _loader(config, config.pack.train, train_text, replay=public)
     job = _job(config, run, f"pack-{owner}", identity, config.pack.train, config.pack.z_loss_weight)
     with tracking.tracked(config, run, f"pack-{owner}", dist.get_rank()) as tracker:
-        tracker.used([tracking.anchor(anchor_hash)])
-        tracker.used(tracking.text(run, name) for name in (PUBLIC, owner))
+        tracker.used(lambda: [tracking.anchor(anchor_hash), *(tracking.text(run, name) for name in (PUBLIC, owner))])
         heard = tracker.hear(report)
         if not train(job, model, loader, _held_out(model, held_out, beat), heard, before_update=fit, beat=beat):
             return False
@@ -122,13 +124,11 @@ def train_pack(
 
 
 def _first_anchor(config: SpecialtyConfig, device: torch.device, beat: Beat) -> Decoder:
-    """As it is before its first update, in float32 on the CPU. Every rank must call it."""
-    model = Decoder(config.model, config.tokenizer.vocab_size)
+    """As it is before its first update, on the CPU; in float32 where there will be updates. Every rank must call it."""
     if not config.base:
-        return model.initialise(config.run.seed)
+        return Decoder(config.model, config.tokenizer.vocab_size).initialise(config.run.seed)
     base = together(lambda: model_folder.load(config.base.model).decoder, device, beat, "base model")
-    model.load_state_dict(base.state_dict())
-    return model
+    return base.cast(torch.float32) if config.anchor.steps else base
 
 
 def _open(run: RunFolder, wanted: list[tuple[str, str]], tokenizer_hash: str, device: torch.device, beat: Beat

@@ -83,14 +83,21 @@ def test_tasks_of_a_folder(saved, file, tmp_path, monkeypatch):
     assert "films" in told(saved, *options)
     with pytest.raises(InputError, match="task exams is not known to lm-eval and .*tasks"):
         told(saved, "--task", "exams", "--include", tmp_path / "tasks")
+    file.unlink()
+    with pytest.raises(InputError, match="tasks films do not run: FileNotFoundError: .*; want tasks whose data"):
+        told(saved, *options)
 
 
 @pytest.mark.parametrize("arguments, message", [
     ((), "nothing to measure"),
-    (("x.txt",), "x: x.txt is no file of documents"),
+    (("x.txt",), "x: x.txt has the ending '.txt': want .jsonl or .parquet"),
+    (("x.jsonl",), "x: x.jsonl does not exist"),
+    (("FILE", "--limit", "3"), "--limit is given without --task"),
+    (("--task", "x", "--removals"), "--removals is given without texts"),
+    (("--task", "x", "--max-tokens", "3"), "--max-tokens is given without texts"),
     (("FILE", "FILE"), "two texts are called held-out: want a name before each, such as new="),
     (("FILE", "--owners", "dentist"), "owner dentist has no pack in this model: want some of billing, radiology"),
-    (("FILE", "--include", "nowhere"), "--include nowhere is no folder"),
+    (("--task", "x", "--include", "nowhere"), "--include nowhere is no folder"),
     (("FILE", "--mix", "patient"), "--mix patient: want GROUP=LAMBDA"),
     (("FILE", "--mix", "patient=much"), "--mix patient=much: want GROUP=LAMBDA"),
     (("FILE", "--mix", "patient=1,patient=0"), "names patient twice"),
@@ -99,6 +106,17 @@ def test_tasks_of_a_folder(saved, file, tmp_path, monkeypatch):
 def test_refuses(arguments, message, saved, file):
     with pytest.raises(InputError, match=message):
         told(saved, *(file if argument == "FILE" else argument for argument in arguments))
+
+
+def test_an_empty_file_is_named(saved, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(InputError, match="empty: .*empty.jsonl has no documents"):
+        told(saved, tmp_path / "empty.jsonl")
+
+
+def test_owners_are_named_once_and_with_spaces(saved, file):
+    found = json.loads(told(saved, file, "--owners", "billing, radiology,billing", "--json"))["texts"]["held-out"]
+    assert list(found["bpb"]) == ["billing and radiology"]
 
 
 def test_a_model_without_owners(make_anchor, tmp_path, file):

@@ -1,11 +1,13 @@
 """`polyclinic feedback`: in by hand or from a file, out as counts, and as text where that is asked for."""
 
 import json
+import stat
 
 import pytest
 from typer.testing import CliRunner
 
 from launch.cli import app
+from launch.graph import RunFailed
 from moe.errors import InputError
 
 SAID = ("--owner", "radiology", "--stakeholder", "patient", "--prompt", "What is J90?")
@@ -40,12 +42,21 @@ def test_rows_for_alignment(queue, tmp_path):
     told("list", queue, "--export", "dpo", "--out", tmp_path / "pairs.jsonl")
     (row,) = map(json.loads, (tmp_path / "pairs.jsonl").read_text().splitlines())
     assert (row["chosen"], row["rejected"], row["stakeholder"]) == ("J90 is.", "No.", "payer")
-    told("list", queue, "--export", "kto", "--out", tmp_path / "thumbs.jsonl")
+    assert stat.S_IMODE((tmp_path / "pairs.jsonl").stat().st_mode) == 0o600  # as the queue's own files
+    said = told("list", queue, "--export", "kto", "--out", tmp_path / "thumbs.jsonl", "--json")
+    assert json.loads(said) == {"rows": 3, "judgements": 2}
     assert len((tmp_path / "thumbs.jsonl").read_text().splitlines()) == 3
     with pytest.raises(InputError, match="thumbs.jsonl exists"):
         told("list", queue, "--export", "kto", "--out", tmp_path / "thumbs.jsonl")
     with pytest.raises(InputError, match="would have no rows"):
         told("list", queue, "--owner", "radiology", "--export", "dpo", "--out", tmp_path / "none.jsonl")
+
+
+def test_where_nothing_can_be_written(queue, tmp_path):
+    with pytest.raises(RunFailed, match="cannot be written, and nothing of it is left: No such file"):
+        told("list", queue, "--export", "dpo", "--out", tmp_path / "nowhere/pairs.jsonl")
+    with pytest.raises(RunFailed, match="cannot be written: .*; what is in it stays"):
+        told("add", "/proc/queue", *SAID, "--answer", "Fluid.", "--thumb", "up")
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -148,7 +148,7 @@ def test_the_corpus_is_there_with_its_licences(config_file, monkeypatch):
 
 def test_text_that_is_not_there_is_wrong(config_file):
     finding = software.corpus(load(config_file, ["public.documents=[absent.jsonl]"]))[0]
-    assert finding.state == "wrong" and "absent.jsonl does not exist" in finding.what
+    assert finding.state == "wrong" and "absent.jsonl does not exist" in finding.what and finding.mend == "mend public"
 
 
 def test_a_key_is_wanted_only_where_it_is_used(config_file, tmp_path):
@@ -157,8 +157,13 @@ def test_a_key_is_wanted_only_where_it_is_used(config_file, tmp_path):
     assert software.wandb(online, {}, tmp_path).state == "wrong"
     finding = software.wandb(online, {"WANDB_API_KEY": "very-secret"}, tmp_path)
     assert finding.state == "ok" and "very-secret" not in finding.what
-    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password very-secret\n")
-    assert software.wandb(online, {}, tmp_path).state == "ok"
+    for host in ("api.wandb.ai", "api.forge.coreweave.com"):
+        (tmp_path / ".netrc").write_text(f"machine {host} login user password very-secret\n")
+        assert software.wandb(online, {}, tmp_path).state == "ok"
+    own = {"WANDB_BASE_URL": "https://wandb.hospital.example/"}
+    assert "wandb.hospital.example" in software.wandb(online, own, tmp_path).what
+    (tmp_path / "elsewhere").write_text("machine wandb.hospital.example login user password very-secret\n")
+    assert software.wandb(online, own | {"NETRC": str(tmp_path / "elsewhere")}, tmp_path).state == "ok"
 
 
 def test_checkpoints_are_counted_from_the_config(config_file):

@@ -36,7 +36,9 @@ def test_the_same_judgement_is_added_once(tmp_path):
 
 def _fill(folder, writer):
     for number in range(40):
-        feedback.add(folder, [judgement(**THUMB | {"prompt": f"question {number} of {writer}"})])
+        own = judgement(**THUMB | {"prompt": f"question {number} of {writer}"})
+        both = judgement(**THUMB | {"prompt": f"question {number} of both"})
+        feedback.add(folder, [own, both])
 
 
 def test_two_writers_lose_nothing_and_tear_nothing(tmp_path):
@@ -46,7 +48,8 @@ def test_two_writers_lose_nothing_and_tear_nothing(tmp_path):
     for writer in writers:
         writer.join(60)
         assert writer.exitcode == 0
-    assert len({j.prompt for j in feedback.read(tmp_path)}) == 80
+    said = [j.prompt for j in feedback.read(tmp_path)]
+    assert len(said) == len(set(said)) == 120  # what both said stands there once
 
 
 def test_half_a_line_is_taken_aside(tmp_path):
@@ -84,9 +87,24 @@ def test_refuses(values, said):
         feedback.parse(values, "here")
 
 
-def test_a_file_that_is_no_queue_is_named(tmp_path):
-    (tmp_path / "billing.jsonl").write_text(json.dumps({"text": "something else"}) + "\n")
+def test_a_queue_can_be_added_to_another(tmp_path):
+    feedback.add(tmp_path / "one", [judgement(**THUMB), judgement(**PAIR)])
+    rows = [json.loads(line) for path in sorted((tmp_path / "one").iterdir()) for line in path.open()]
+    assert feedback.add(tmp_path / "two", [feedback.parse(row, "here") for row in rows]) == (2, 0)
+    same = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "two").iterdir()} == same
+    with pytest.raises(InputError, match=f"here: id={rows[1]['id']!r} is not that of this judgement"):
+        feedback.parse(rows[0] | {"id": rows[1]["id"]}, "here")
+
+
+@pytest.mark.parametrize("line", [{"text": "something else"}, ["id"], {"id": 3}], ids=str)
+def test_a_file_that_is_no_queue_is_named(line, tmp_path):
+    (tmp_path / "billing.jsonl").write_text(json.dumps(line) + "\n")
     with pytest.raises(InputError, match="billing.jsonl line 1 is none of a queue"):
         list(feedback.read(tmp_path))
+    with pytest.raises(InputError, match="billing.jsonl line 1 is none of a queue"):
+        feedback.add(tmp_path, [judgement(**PAIR)])
     with pytest.raises(InputError, match="no folder: want a queue"):
         list(feedback.read(tmp_path / "nowhere"))
+    with pytest.raises(InputError, match="billing.jsonl is no folder: want a queue"):
+        feedback.add(tmp_path / "billing.jsonl", [judgement(**PAIR)])

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from moe.errors import InputError
 from moe.eval.bits import count_bits
 from moe.hf import folder as model_folder
 from moe.hf.exporting import export_folder
@@ -95,6 +96,15 @@ def test_a_task_gives_the_same_numbers(kind, model, exported, make_task):
         assert flat[0] == pytest.approx(flat[1], abs=1e-4) and len(set(flat[0])) > 12
     metrics = [name for name, value in theirs.items() if isinstance(value, float)]
     assert metrics and all(ours[name] == pytest.approx(theirs[name], rel=1e-5) for name in metrics)
+
+
+def test_an_answer_that_is_longer_than_the_context_is_refused(model, make_task):
+    """Not scored with the words of another question."""
+    from moe.eval.harness import HarnessModel
+
+    task = make_task("loglikelihood", doc_to_target="{{'ab ' * 100}}", metric_list=[{"metric": "acc"}])
+    with pytest.raises(InputError, match="an answer of .* tokens: want at most model.context_length=128"):
+        answers(HarnessModel(model), task)
 
 
 def test_bits_of_held_out_text(model, exported, make_task, packed, rows):
