@@ -14,6 +14,7 @@ from moe.config.section import Section
 from moe.config.specialty import (
     ANCHOR,
     ANCHOR_SLOT,
+    MOST_SUBSETS,
     PUBLIC,
     STAKEHOLDERS,
     CalibrationConfig,
@@ -29,6 +30,7 @@ RunConfig = SpecialtyConfig | JobConfig
 __all__ = [
     "ANCHOR",
     "ANCHOR_SLOT",
+    "MOST_SUBSETS",
     "PUBLIC",
     "STAKEHOLDERS",
     "BalanceConfig",

@@ -13,6 +13,7 @@ from moe.config.section import NAME, FilePath, Section, Share
 from moe.config.training import TrainConfig
 
 PUBLIC = "public"  # the anchor's domain
+MOST_SUBSETS = 64  # of owners whose removal is compared: all of those of six
 STAKEHOLDERS = ("clinician", "patient", "payer", "educator")  # groups whose preferences a pack may hold
 ANCHOR, ANCHOR_SLOT = "anchor", 0
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import groupby
-from statistics import median
 from typing import Any
 
 from moe.report.record import Record, Row
+from moe.train import telemetry
 
 WORDS = {
     "no room": "no room for its workers",
@@ -24,7 +24,6 @@ WORDS = {
 }  # of other events the name says it
 TROUBLE = ("failed", "refused", "no room")
 MOST_ROWS = 40  # of the table; a job of weeks on a large cluster may have hundreds
-WARM_UP_STEPS = 5  # not counted in throughput, where there are more
 
 
 @dataclass(frozen=True)
@@ -105,19 +104,11 @@ def alarms(rows: Sequence[Row]) -> list[Row]:
 
 
 def pace(rows: Sequence[Row]) -> list[Row]:
-    """Throughput of each stretch of updates that were made by as many workers; medians, without the warm-up."""
+    """Throughput of each stretch of updates that were made by as many workers."""
     found = []
     for size, stretch in groupby(rows, key=lambda row: row["world_size"]):
         made = list(stretch)
-        steady = made[WARM_UP_STEPS:] or made
-        found.append({
-            "first": made[0]["step"],
-            "last": made[-1]["step"],
-            "world_size": size,
-            "tokens_per_s": median(row["tokens_per_s"] for row in steady),
-            "mfu": median(row["mfu"] for row in steady),
-            "peak_memory_bytes": max(row["peak_memory_bytes"] for row in made),
-        })
+        found.append({"first": made[0]["step"], "last": made[-1]["step"], "world_size": size, **telemetry.pace(made)})
     return found
 
 

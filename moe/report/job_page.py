@@ -72,7 +72,9 @@ def _plots(record: Record, rows: list[Row], evaluated: list[Row]) -> dict[str, P
         }
         if len(lines) > 1:
             lines["all"] = training_plots.points(evaluated, "held_out_bpb")
-        about = "During training only some of the held-out text is read; the table's last column is of all of it."
+        limit = record.config["evaluation"]["tokens"]
+        about = ("During training only some of the held-out text is read; the table's last column is of "
+                 f"{'all of it' if limit is None else f'{limit:,} tokens of each domain'}.")
         found["held_out"] = training_plots.held_out(lines, {}, marks, 1, about)
     if any("routing" in row for row in rows):
         found["balance"] = training_plots.balance(rows, marks)

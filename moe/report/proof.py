@@ -44,7 +44,7 @@ def checks(record: Record) -> list[Check]:
     found = [
         Check(
             "Anchor, H0",
-            "All packs and the merge name this anchor: its training wrote it, and nothing has changed it since.",
+            "All packs and the merge name this anchor, and it is the one that its training wrote.",
             results["anchor_hash"],
             _all([
                 anchor and anchor["outputs"]["anchor_hash"] == results["anchor_hash"],

@@ -4,8 +4,7 @@ Of paths in what leaves here only the last part does (moe.places).
 """
 
 import json
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,11 @@ from moe.job.stages import TRAIN
 from moe.manifest import value_hash
 from moe.places import placeless, without_places
 from moe.run_folder import RunFolder
+from moe.train import telemetry
 
 SCHEMA = 1
+SECTIONS = {"run", "model", "public", "owners", "anchor", "pack", "calibration", "evaluation"}  # of a specialty run
+JOB_SECTIONS = {"run", "model", "domains", "train", "balance", "evaluation", "upcycle"}  # of an ordinary training job
 COUNTS = ("documents", "tokens", "bytes")
 SPLITS = {"train": "training", "eval": "held out", "calibration": "calibration"}
 
@@ -34,6 +36,7 @@ class Record:
     manifest: Row
     results: Row | None  # None where the run has not finished, or goes on with another config
     stale: bool  # whether there is a results.json of an earlier config
+    read: dict[str, list[Row]] = field(default_factory=dict)  # metrics by stage: a long job has much of them
 
     @property
     def is_job(self) -> bool:
@@ -60,12 +63,15 @@ class Record:
         return stage_folder.done(self.run.stage(stage))
 
     def metrics(self, stage: str) -> list[Row]:
-        """As moe.train.telemetry.read, which imports torch."""
-        return [_numbers(row) for row in _lines(self.run.stage(stage) / "metrics.jsonl")]
+        if stage not in self.read:
+            path = self.run.stage(stage) / "metrics.jsonl"
+            self.read[stage] = telemetry.read(path) if path.is_file() else []
+        return self.read[stage]
 
     def events(self, stage: str) -> list[Row]:
         """What has happened to a stage's job, oldest first."""
-        rows = _lines(self.run.stage(stage) / "events.jsonl")
+        path = self.run.stage(stage) / "events.jsonl"
+        rows = telemetry.whole_lines(path) if path.is_file() else []
         return [row | {"stage": stage, "reason": without_places(row["reason"] or "")} for row in rows]
 
     def manifest_hash(self, domain: str, split: str) -> str | None:
@@ -98,7 +104,7 @@ def read(run: RunFolder) -> Record:
     for path in (run.config, run.manifest):
         if not path.is_file():
             raise InputError(f"{run.path} is no run: it has no {path.name}; want a folder that `polyclinic train` made")
-    config, manifest = yaml.safe_load(run.config.read_text(encoding="utf-8")), _json(run.manifest)
+    config, manifest = _config(run.config), _json(run.manifest)
     results = _json(run.results) if run.results.is_file() else None
     if results and results.get("schema") != SCHEMA:
         raise InputError(f"{run.results} has schema {results.get('schema')}: this version reads schema {SCHEMA}")
@@ -106,31 +112,22 @@ def read(run: RunFolder) -> Record:
     return Record(run, placeless(config), manifest, None if stale else results, stale)
 
 
+def _config(path: Path) -> Row:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {str(error).splitlines()[0]}; want it as the run wrote it") from error
+    named = values.keys() if isinstance(values, dict) else set()
+    if absent := (JOB_SECTIONS if "domains" in named else SECTIONS) - named:
+        raise InputError(f"{path} has no section {min(absent)}: want it as the run wrote it")
+    return values
+
+
 def _json(path: Path) -> Row:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}; want it as the run wrote it") from error
-
-
-def _lines(path: Path) -> list[Row]:
-    """Without a last line that a dying process left half-written, and what was written after it on the same line."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
-
-
-def _numbers(value: Any) -> Any:
-    """With nan for null, which JSON says for it."""
-    if isinstance(value, dict):
-        return {key: _numbers(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_numbers(inner) for inner in value]
-    return math.nan if value is None else value
 
 
 def _manifest(split: Path) -> Row:

@@ -4,16 +4,13 @@ All but `wall_s`, `throughput` and what describes the machine is the same for th
 """
 
 import json
-import statistics
 from typing import Any
 
 from moe.config import PUBLIC, SpecialtyConfig
 from moe.manifest import value_hash
 from moe.run_folder import RunFolder
-from moe.train.telemetry import read
+from moe.train.telemetry import pace, read
 from moe.whole import write_whole
-
-WARM_UP_STEPS = 5  # not counted in throughput
 
 
 def write_results(
@@ -70,11 +67,4 @@ def _pick(figures: dict[str, Any], *names: str) -> dict[str, Any]:
 def throughput(run: RunFolder, stage: str, world_size: int) -> dict[str, float]:
     """Of the updates that were made on so many ranks: after a fault there may have been fewer for a while."""
     rows = read(run.stage(stage) / "metrics.jsonl")
-    rows = [row for row in rows if row["world_size"] == world_size] or rows
-    steady = rows[WARM_UP_STEPS:] or rows
-    return {
-        "tokens_per_s": statistics.median(row["tokens_per_s"] for row in steady),
-        "mfu": statistics.median(row["mfu"] for row in steady),
-        "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows),
-        "world_size": world_size,
-    }
+    return pace([row for row in rows if row["world_size"] == world_size] or rows) | {"world_size": world_size}

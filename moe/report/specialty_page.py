@@ -5,7 +5,7 @@ from typing import Any
 
 from moe.config import ANCHOR, PUBLIC
 from moe.report import history, proof, routing_plots, training_plots
-from moe.report.claims import MIN_PURITY, claims, optout_is_exact
+from moe.report.claims import MIN_PURITY, claims, num_subsets, optout_is_exact
 from moe.report.drawing import Plot
 from moe.report.record import Record, Row
 
@@ -33,6 +33,7 @@ def content(record: Record) -> dict[str, Any]:
         "removal_matrix": len(results["specialties"]) <= MAX_MATRIX,
         "largest_change": {text: _largest_change(text, row) for text, row in texts.items()},
         "optout_is_exact": optout_is_exact(results),
+        "num_subsets": num_subsets(results),
         "optout_tokens": config["evaluation"]["optout_tokens"],
         "optout": proof.optout(record),
         "checks": proof.checks(record),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.config import ANCHOR_SLOT, PUBLIC, SpecialtyConfig
+from moe.config import ANCHOR_SLOT, MOST_SUBSETS, PUBLIC, SpecialtyConfig
 from moe.data.loader import Batch, whole_documents
 from moe.data.shards import PackedDocuments
 from moe.data.tokenizer import identity
@@ -25,8 +25,6 @@ from moe.hf.folder import ModelFolder
 from moe.model import Decoder, Output
 from moe.run_folder import RunFolder
 from moe.specialty.merge import opt_out
-
-MOST_SUBSETS = 64  # of owners that are compared: all of those of six
 
 
 @torch.no_grad()

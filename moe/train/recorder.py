@@ -1,6 +1,8 @@
 """One step's numbers, from all micro-batches and ranks to whoever listens."""
 
 import logging
+import resource
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +14,7 @@ from moe.train import preemption
 from moe.train.engine import Engine
 from moe.train.flops import matmul_flops_per_s, training_flops_per_token
 from moe.train.objective import LossParts
-from moe.train.telemetry import Metrics, peak_memory_bytes
+from moe.train.telemetry import Metrics
 
 Report = Callable[[dict[str, Any]], bool]  # takes a row of metrics; True asks the job to stop at a checkpoint
 
@@ -66,7 +68,7 @@ class Recorder:
             "gradient_norm": self._engine.gradient_norm(),
             "tokens_per_s": self._tokens_per_step / seconds,
             "mfu": self._step_flops_share / seconds,
-            "peak_memory_bytes": peak_memory_bytes(self._engine.device),
+            "peak_memory_bytes": _peak_memory_bytes(self._engine.device),
         }
 
     def log(self, row: dict[str, Any]) -> None:
@@ -76,3 +78,11 @@ class Recorder:
             self._alarm = alarm
             self._metrics.log(row)
             self._asked_to_stop = self._report(row)
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    """Of this process: on the GPU what torch has held at most, on a CPU the largest resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,15 +1,16 @@
-"""What a training job says about itself in metrics.jsonl. Never a row of text."""
+"""What a training job says about itself in metrics.jsonl. Never a row of text. Needs no torch, so that a page can be
+made of it anywhere."""
 
 import json
 import math
-import resource
-import sys
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from moe.whole import write_whole
+
+WARM_UP_STEPS = 5  # not counted in throughput, where there are more
 
 
 class Metrics:
@@ -43,20 +44,36 @@ def sayable(value: Any) -> Any:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file, nan for null, without a last line that a dying process left half-written."""
+    """The rows of a metrics file, nan for null."""
+    return [_number(row) for row in whole_lines(path)]
+
+
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, without those that a dying process left half-written."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
         except ValueError:
-            break
-        rows.append({key: math.nan if value is None else value for key, value in row.items()})
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
     return rows
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Of this process: on the GPU what torch has held at most, on a CPU the largest resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def _number(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _number(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_number(inner) for inner in value]
+    return math.nan if value is None else value
+
+
+def pace(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Throughput of updates that were made by as many ranks: medians, without the warm-up, and the most memory."""
+    steady = rows[WARM_UP_STEPS:] or rows
+    return {
+        "tokens_per_s": statistics.median(row["tokens_per_s"] for row in steady),
+        "mfu": statistics.median(row["mfu"] for row in steady),
+        "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows),
+    }

@@ -73,6 +73,24 @@ def test_a_miss_is_shown(specialty_run, change_json, results, tmp_path):
     assert "at least 10\u00a0%" in row
 
 
+@pytest.mark.parametrize("compared, equal, verdict, heading", [
+    (64, True, True, "Removal is exact, bit for bit"),
+    (64, False, False, "Removal is NOT exact"),
+    (63, True, False, "Too little was compared"),
+])  # fmt: skip
+def test_of_many_owners_a_sample_of_subsets_is_compared(compared, equal, verdict, heading, specialty_run, change_json,
+                                                        results_that_hold, tmp_path):  # fmt: skip
+    owners = tuple(f"owner_{n}" for n in range(7))
+    optout = {"subsets": compared, "bitwise_equal": equal, "plain_router_differs": True}
+    found = next(c for c in claims(results_that_hold(owners, 2) | {"optout": optout}, RHO) if "exact" in c.name)
+    assert found.holds == verdict and "64 of 128" in found.bound
+    run = specialty_run(tmp_path, owners)
+    change_json(run.results, optout=optout)
+    page = " ".join(write_page(run).read_text().split())
+    assert f"</span> {heading}" in page and f"{compared} of 128, nobody and everybody and a sample" in page
+    assert "For every subset of owners" not in page
+
+
 def test_little_to_remove_is_said(specialty_run, change_json, results, tmp_path):
     run = specialty_run(tmp_path)
     results["specialties"]["billing"].update(merged_bpb=3.999, without_owner_bpb=4.0)

@@ -65,7 +65,7 @@ def test_only_the_last_of_many_events_are_shown(job_run, append_events, tmp_path
 def test_a_line_that_was_cut_short_is_passed_over(job_run, tmp_path):
     run = job_run(tmp_path)
     for name in ("events.jsonl", "metrics.jsonl"):
-        with (run.stage("train") / name).open("a") as file:
-            file.write('{"step": 9, "lo')
+        with (run.stage("train") / name).open("ab") as file:
+            file.write(b'null\n{"step": 9, "lo\xff')
     found = record.read(run)
     assert len(found.metrics("train")) == 8 and len(found.events("train")) == 4

@@ -169,6 +169,19 @@ def test_what_is_no_run_is_refused(name, specialty_run, tmp_path):
     assert not run.report.exists()
 
 
+@pytest.mark.parametrize("config, said", [
+    ("", "config.yaml has no section anchor"),
+    ("run: {name: toy}\ndomains: {}", "config.yaml has no section balance"),
+    ("run: [", "config.yaml is not YAML"),
+    ("[run]", "config.yaml has no section"),
+])  # fmt: skip
+def test_a_damaged_config_is_refused(config, said, specialty_run, tmp_path):
+    run = specialty_run(tmp_path)
+    run.config.write_text(config)
+    with pytest.raises(InputError, match=said):
+        write_page(run)
+
+
 def test_results_of_another_version_are_refused(specialty_run, change_json, tmp_path):
     run = specialty_run(tmp_path)
     change_json(run.results, schema=2)
