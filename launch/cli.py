@@ -1,10 +1,12 @@
-"""The `polyclinic` command. Exit status: 0 done, 1 a failure, 2 a wrong input, 75 stopped because the machine is going
-away (SIGTERM): to be run again with --resume, 130 stopped on request.
+"""The `polyclinic` command. Exit status: 0 done, 1 a failure, 2 a wrong input, 75 training stopped because the machine
+is going away (SIGTERM): to be run again with --resume, 130 stopped on request; 143 another command ended by SIGTERM.
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -88,6 +90,7 @@ app.add_typer(feedback_cli.app, name="feedback")
 
 def main() -> None:
     """Run the command; what goes wrong becomes one sentence and an exit status."""
+    signal.signal(signal.SIGTERM, _leave)  # until `train` has a use of its own for it
     try:
         app()
     except InputError as error:
@@ -110,6 +113,11 @@ def main() -> None:
     except RunFailed as error:
         _say(str(error))
         raise SystemExit(FAILED) from None
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """As Ctrl-C does, so that nothing is left of what was half-written."""
+    raise SystemExit(128 + number)
 
 
 def _say(sentence: str) -> None:

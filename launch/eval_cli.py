@@ -80,18 +80,18 @@ def _check(files: list[tuple[str, Path]], tasks: list[str], include: Path | None
             raise InputError(f"{name}: {path} does not exist: want a file of documents")
     if include and not include.is_dir():
         raise InputError(f"--include {include} is no folder: want one with YAML files of tasks")
-    if tasks and find_spec("lm_eval") is None:
-        raise InputError("--task wants the package lm-eval, which is not installed: pip install 'polyclinic[eval]'")
 
 
 def _check_used(files: list[tuple[str, Path]], tasks: list[str], removals: bool, max_tokens: int | None,
                 of_tasks: dict[str, Any]) -> None:  # fmt: skip
-    """That no option is given which would change nothing."""
+    """That no option is given which would change nothing, and what tasks need is there."""
     if not tasks and (useless := next((name for name, value in of_tasks.items() if value is not None), None)):
         raise InputError(f"--{useless} is given without --task: want a task, or it left out")
     if not files and (removals or max_tokens):
         raise InputError(f"--{'removals' if removals else 'max-tokens'} is given without texts: want a file of "
                          "documents, or it left out")
+    if tasks and find_spec("lm_eval") is None:
+        raise InputError("--task wants the package lm-eval, which is not installed: pip install 'polyclinic[eval]'")
 
 
 def _subsets(loaded: "ModelFolder", owners: list[str] | None, removals: bool) -> dict[str, list[str] | None]:

@@ -92,12 +92,13 @@ def train_pack(
         )
     )
 
+    def fit_here() -> None:
+        fit_router(model, own_sample, public_sample, calibration, config.calibration.rho)
+
     def fit(step: int) -> None:
         if step % config.pack.fit_router_every:
             return
-        beat("router")
-        if dist.get_rank() == 0:
-            fit_router(model, own_sample, public_sample, calibration, config.calibration.rho)
+        together(fit_here if dist.get_rank() == 0 else None, device, beat, "router")
         for layer in model.layers:
             dist.broadcast(layer.ffn.row, src=0)
             dist.broadcast(layer.ffn.bias, src=0)
@@ -111,13 +112,11 @@ def train_pack(
             return False
 
         def write() -> None:
+            fit_here()
             data = {"data": value_hash(train_text.manifest), "public_data": value_hash(public.manifest)}
             Pack.of(model, owner, anchor_hash, {**data, "training": identity}).save(run.pack(owner))
             tracker.made(lambda: tracking.pack(run, owner))
 
-        beat("router")
-        if dist.get_rank() == 0:
-            fit_router(model, own_sample, public_sample, calibration, config.calibration.rho)
         together(write if dist.get_rank() == 0 else None, device, beat, "pack")
         dist.barrier()
     return True

@@ -17,14 +17,16 @@ import torch.distributed as dist
 
 from moe.train.watchdog import Beat
 
+CPU = torch.device("cpu")
 SLICE_SECONDS = 1.0  # between looks at whether anybody moves
 
 
 class Task(Future):
     """Work in a thread that keeps no process alive: whoever ends one that hangs is to be able to."""
 
-    def __init__(self, work: Callable[[], Any]):
+    def __init__(self, work: Callable[[], Any], device: torch.device = CPU):
         super().__init__()
+        self._device = device
         self._clock: int | None = None  # of the time of a core that the thread has taken
         self._seen = 0.0
         self._thread = threading.Thread(target=self._run, args=(work,), name="task", daemon=True)
@@ -50,6 +52,8 @@ class Task(Future):
         try:
             if hasattr(time, "pthread_getcpuclockid"):
                 self._clock = time.pthread_getcpuclockid(threading.get_ident())
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)  # each thread has its own
             self.set_result(work())
         except BaseException as error:
             self.set_exception(error)
@@ -59,7 +63,7 @@ def together(work: Callable[[], Any] | None, device: torch.device, beat: Beat, p
     """What `work` gives on this rank, or raises; None where there is none to do here.
 
     Every rank must call it; returns when all are done. `work` must not call a collective."""
-    task = Task(work) if work else None
+    task = Task(work, device) if work else None
     running = True
     while running:
         moves = task is not None and not task.done() and task.look()

@@ -24,6 +24,7 @@ def polyclinic(monkeypatch, capsys, tmp_path):
     """A function: run the command in tmp_path; give its status and what it said on stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli.os, "_exit", sys.exit)
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)  # this process is not the command's
 
     def run(*arguments: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["polyclinic", *map(str, arguments)])

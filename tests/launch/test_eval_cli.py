@@ -1,6 +1,11 @@
 """`polyclinic eval`: bits per byte of files, with and without owners; lm-eval's tasks; wrong input in a sentence."""
 
 import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -10,6 +15,9 @@ from moe.errors import InputError
 from moe.eval.bits import bits_per_byte
 from moe.hf import folder
 from moe.specialty.merge import merge, opt_out
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 100  # seconds, on a busy machine
 
 
 def told(*arguments):
@@ -106,6 +114,27 @@ def test_tasks_of_a_folder(saved, file, tmp_path, monkeypatch):
 def test_refuses(arguments, message, saved, file):
     with pytest.raises(InputError, match=message):
         told(saved, *(file if argument == "FILE" else argument for argument in arguments))
+
+
+def test_a_machine_that_is_taken_away_keeps_no_text(saved, tmp_path):
+    """SIGTERM is how clusters end a job: of the documents that were packed for it nothing stays behind."""
+    (tmp_path / "scratch").mkdir()
+    text = " ".join(f"word{n}" for n in range(200))
+    (tmp_path / "many.jsonl").write_text(f'{{"text": "{text}"}}\n' * 20_000)
+    code = "from launch.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "eval", str(saved), str(tmp_path / "many.jsonl")], stderr=subprocess.PIPE,
+        text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "scratch")})  # fmt: skip
+    try:
+        until = time.time() + PATIENCE
+        while not list((tmp_path / "scratch").rglob("*.npy")) and process.poll() is None and time.time() < until:
+            time.sleep(0.02)
+        process.terminate()
+        _, said = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
+    assert process.returncode == 143 and "Traceback" not in said, said
+    assert [path for path in (tmp_path / "scratch").rglob("*") if path.is_file()] == []
 
 
 def test_an_empty_file_is_named(saved, tmp_path):
