@@ -18,18 +18,21 @@ def import_model(
 
     Example: polyclinic import downloads/SmolLM2-135M models/smollm2
     """
+    from moe.hf import dmoe
     from moe.hf.account import IMPORTED
-    from moe.hf.dmoe import import_dmoe, is_dmoe
     from moe.hf.gguf import import_gguf
     from moe.hf.importing import import_folder
 
     with written(out), bar() as shown:
         task = shown.add_task(f"{source.name}: tensors", total=None)
-        read = import_gguf if source.is_file() else import_dmoe if is_dmoe(source) else import_folder
+        read = import_gguf if source.is_file() else dmoe.import_dmoe if dmoe.is_dmoe(source) else import_folder
         account = read(source, out, progress=lambda done, total: shown.update(task, completed=done, total=total))
     if as_json:
         print(json.dumps(account, indent=1))
         return
-    left_out = [name for name, tensor in account["sources"].items() if "left_out" in tensor]
-    say(f"{out}: {len(account['targets'])} tensors out of {len(account['sources'])} of {account['family']}; left out: "
-        f"{', '.join(left_out) or 'none'}; each with its hash in {IMPORTED}")
+    sources = account["sources"]
+    left_out = [name for name, tensor in sources.items() if "left_out" in tensor]
+    changed = sum(not tensor.get("as_exported", True) for tensor in sources.values())
+    since = f"; not what was exported: {changed}" if account["family"] == dmoe.NAME else ""
+    say(f"{out}: {len(account['targets'])} tensors out of {len(sources)} of {account['family']}; left out: "
+        f"{', '.join(left_out) or 'none'}{since}; each with its hash in {IMPORTED}")

@@ -132,7 +132,7 @@ def _swiglu(ours: str, theirs: list[str], names: tuple[str, str, str]) -> list[P
             Piece(f"{ours}.w_down", tuple((f"{expert}.{down}.weight",) for expert in theirs), stacked=True)]
 
 
-# --- what their configs say
+# --- what their configs say: of each family the keys that its model heeds, because others change nothing there
 
 
 def section_of(family: Family, config: Any) -> ModelConfig:
@@ -140,6 +140,9 @@ def section_of(family: Family, config: Any) -> ModelConfig:
     _want(config, hidden_act="silu", mlp_bias=False, clip_qkv=None, quantization_config=None)
     head_dim = getattr(config, "head_dim", None)
     parameters = config.rope_parameters
+    if kinds := sorted(kind for kind, inner in parameters.items() if isinstance(inner, dict)):
+        raise InputError(f"config.json has rope_parameters of their own for {', '.join(kinds)}: want one set of them "
+                         "for all layers, because ours turn alike")
     keys = {
         "d_model": config.hidden_size,
         "num_layers": config.num_hidden_layers,
@@ -148,11 +151,10 @@ def section_of(family: Family, config: Any) -> ModelConfig:
         "head_dim": None if head_dim == config.hidden_size / config.num_attention_heads else head_dim,
         "d_ff": config.intermediate_size,
         "context_length": config.max_position_embeddings,
-        "rope_theta": float(parameters["rope_theta"]),
-        "rope_scaling": _scaling(parameters, config.max_position_embeddings),
+        "rope_theta": _number(parameters, "rope_theta"),
+        "rope_scaling": _scaling(parameters),
         "norm_eps": config.rms_norm_eps,
         "qk_norm": False,
-        "window": _window(config),
         "tie_embeddings": config.tie_word_embeddings,
         **family.section(config),
     }
@@ -166,14 +168,21 @@ def _want(config: Any, **wanted: Any) -> None:
             raise InputError(f"config.json has {key}={got!r}: want {value!r}, because our layers have nothing else")
 
 
-def _scaling(parameters: dict[str, Any], context_length: int) -> dict[str, Any] | None:
+def _number(parameters: dict[str, Any], key: str) -> float:
+    value = parameters.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"config.json has {key}={value!r} among its rope parameters: want a number")
+    return float(value)
+
+
+def _scaling(parameters: dict[str, Any]) -> dict[str, Any] | None:
     kind = parameters.get("rope_type", "default")
     if kind == "default":
         return None
     if kind not in ("llama3", "yarn"):
         raise InputError(f"config.json has rope_type={kind!r}: want default, llama3 or yarn")
-    scaling = {"kind": kind, "factor": float(parameters["factor"]),
-               "original_context": parameters.get("original_max_position_embeddings") or context_length}
+    scaling = {"kind": kind, "factor": _number(parameters, "factor"),
+               "original_context": int(_number(parameters, "original_max_position_embeddings"))}
     if kind == "llama3":
         names = {"low_freq_factor": "low_frequency_factor", "high_freq_factor": "high_frequency_factor"}
     else:
@@ -182,22 +191,8 @@ def _scaling(parameters: dict[str, Any], context_length: int) -> dict[str, Any] 
                 raise InputError(f"config.json has {key}={parameters[key]!r} among its rope parameters: want none, "
                                  "because our YaRN has attention_factor only")
         names = {"beta_fast": "beta_fast", "beta_slow": "beta_slow", "attention_factor": "magnitude_scale"}
-    given = {ours: parameters[theirs] for theirs, ours in names.items() if parameters.get(theirs) is not None}
-    return scaling | {ours: float(value) for ours, value in given.items()}
-
-
-def _window(config: Any) -> int | None:
-    """One for all layers, or none."""
-    window = getattr(config, "sliding_window", None)
-    if not getattr(config, "use_sliding_window", True):
-        window = None
-    kinds = set(getattr(config, "layer_types", None) or ()) if window else set()
-    if kinds == {"full_attention"}:
-        return None
-    if len(kinds) > 1:
-        raise InputError(f"config.json has layer_types of {', '.join(sorted(kinds))}: want one kind for all layers, "
-                         "because our window is that of the whole model")
-    return window
+    given = {ours: theirs for theirs, ours in names.items() if parameters.get(theirs) is not None}
+    return scaling | {ours: _number(parameters, theirs) for ours, theirs in given.items()}
 
 
 def _llama(config: Any) -> dict[str, Any]:
@@ -206,7 +201,21 @@ def _llama(config: Any) -> dict[str, Any]:
 
 
 def _qwen3(config: Any) -> dict[str, Any]:
-    return {**_llama(config), "qk_norm": True}
+    return {**_llama(config), "qk_norm": True, "window": _window_of_layers(config)}
+
+
+def _window_of_layers(config: Any) -> int | None:
+    """One for all layers, or none. Their config has none itself where use_sliding_window is false."""
+    kinds = set(config.layer_types)
+    if kinds == {"full_attention"}:
+        return None
+    if kinds != {"sliding_attention"}:
+        raise InputError(f"config.json has layer_types of {', '.join(sorted(kinds))}: want full_attention or "
+                         "sliding_attention for all layers, because our window is that of the whole model")
+    if config.sliding_window is None:
+        raise InputError("config.json has layer_types of sliding_attention without a window: want sliding_window, and "
+                         "use_sliding_window true")
+    return config.sliding_window
 
 
 def _olmo2(config: Any) -> dict[str, Any]:
@@ -219,14 +228,16 @@ def _olmo(config: Any) -> dict[str, Any]:
 
 def _mixtral(config: Any) -> dict[str, Any]:
     # The largest of a softmax over all, divided by their sum: the softmax over the chosen.
-    return {"mixture": _experts(config, config.intermediate_size, score="softmax_chosen")}
+    return {"mixture": _experts(config, config.intermediate_size, score="softmax_chosen"),
+            "window": config.sliding_window}
 
 
 def _qwen3_moe(config: Any) -> dict[str, Any]:
     step = config.decoder_sparse_step
     dense = [n for n in range(config.num_hidden_layers) if n in config.mlp_only_layers or (n + 1) % step]
     mixture = _experts(config, config.moe_intermediate_size, **_softmax(config), dense_layers=dense)
-    return {**_qwen3(config), "mixture": mixture}
+    # Its layers are all of one kind, whatever layer_types says; without use_sliding_window it has no window.
+    return {**_llama(config), "qk_norm": True, "window": config.sliding_window, "mixture": mixture}
 
 
 def _olmoe(config: Any) -> dict[str, Any]:

@@ -2,16 +2,23 @@
 
 Here the whole model is in memory once, and on the disk twice, because it is transformers that reads the file. Wants the
 packages gguf and accelerate.
+
+transformers takes those of the file's tensors and keys that it has a place for, passes over the others, and makes up
+what is missing. So all of them are held against what it has places for, before it reads a tensor, and what it read
+against the model. What no file tells: one without output.weight has the embedding for a head, meant or not.
 """
 
 import importlib.util
 import json
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 
 from moe.errors import InputError
 from moe.hf.importing import import_folder
@@ -20,6 +27,10 @@ from moe.hf.writing import SHARD_BYTES
 from moe.manifest import file_hash
 
 PACKAGES = ("gguf", "accelerate")
+ARCHITECTURES = ("llama", "qwen3")  # of whose tensors each has one place in transformers: stacked experts have not
+NEEDED = ("context_length", "attention.layer_norm_rms_epsilon")  # for which transformers has a number of its own
+INSTEAD = "the model as a folder in Hugging Face layout"
+HEAD, FREQUENCIES = "output.weight", "rope_freqs.weight"
 
 
 def import_gguf(file: Path, out: Path, shard_bytes: int = SHARD_BYTES,
@@ -30,15 +41,108 @@ def import_gguf(file: Path, out: Path, shard_bytes: int = SHARD_BYTES,
     with file.open("rb") as opened:
         if opened.read(4) != b"GGUF":
             raise InputError(f"{file} is no GGUF file: want one that begins with GGUF")
-    origin = {"gguf": {"file": file.name, "sha256": file_hash(file)}}
     if absent := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise InputError(f"{file} cannot be read without {' and '.join(absent)}: pip install {' '.join(absent)}")
     if out.exists():
         raise InputError(f"{out} exists: want a folder that is not there yet")
+    _check(file)
+    origin = {"gguf": {"file": file.name, "sha256": file_hash(file)}}
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         _dequantize(file, Path(folder))
-        return import_folder(Path(folder), out, shard_bytes, progress, origin)
+        try:
+            return import_folder(Path(folder), out, shard_bytes, progress, origin)
+        except InputError as error:  # the folder is gone when somebody reads this
+            raise InputError(str(error).replace(folder, str(file))) from error
+
+
+# --- before anything is read
+
+
+def _check(file: Path) -> None:
+    """That transformers takes every key and every tensor of the file, and has all that it needs. Raises InputError
+    naming one with which that is not so."""
+    header = _header(file)
+    said = {key: field.contents() for key, field in header.fields.items() if not key.startswith("tokenizer.")}
+    if (count := said.get("split.count", 1)) > 1:
+        first = re.sub(r"-\d+-of-(\d+)\.gguf$", r"-00001-of-\1.gguf", file.name)
+        raise InputError(f"{file} is part {said.get('split.no', 0) + 1} of {count}: want all of them in one file, such "
+                         f"as gguf-split --merge {first} writes")
+    if (architecture := said.get("general.architecture")) not in ARCHITECTURES:
+        raise InputError(f"{file} holds a model of architecture {architecture!r}: want {' or '.join(ARCHITECTURES)}, "
+                         f"or {INSTEAD}")
+    config, names = _places(file, architecture)
+    _check_keys(file, architecture, said, config)
+    found = {tensor.name for tensor in header.tensors}
+    for name in sorted(names - found - {HEAD}):
+        raise InputError(f"{file}: tensor {name} is missing")
+    for name in sorted(found - names):
+        why = " (it stretches the context, as in Llama 3.1)" if name == FREQUENCIES else ""
+        raise InputError(f"{file}: tensor {name} is left over{why}, because transformers has no place for it in a "
+                         f"{architecture} model: want {INSTEAD}")
+
+
+def _header(file: Path) -> Any:
+    """The library's reader, by which no tensor has been read yet."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
+
+    class Reader(GGUFReader):
+        def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+            """The library's says of a file that is too short that an array cannot be reshaped."""
+            for field in fields:
+                *_, dims, kind, offset = field.parts
+                elements, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind[0])]
+                end = int(start_offs + offset[0]) + math.prod(dims.tolist()) * size // elements
+                if end > len(self.data):
+                    raise InputError(f"{file}: tensor {field.name} is not whole: the file ends at byte "
+                                     f"{len(self.data)}, the tensor at {end}")
+            super()._build_tensors(start_offs, fields)
+
+    try:
+        return Reader(file)
+    except InputError:
+        raise
+    except Exception as error:  # what the library stumbles over has many types
+        raise InputError(f"{file} cannot be read: {error}") from error
+
+
+def _places(file: Path, architecture: str) -> tuple[Any, set[str]]:
+    """transformers' config of the file, and the names that tensors have in it for which its model has a place."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    try:
+        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        with torch.device("meta"):
+            outline = AutoModelForCausalLM.from_config(config)
+        processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)()
+        return config, set(get_gguf_hf_weights_map(outline, processor))
+    except Exception as error:  # what the library races through has many types
+        raise InputError(f"{file} cannot be read: {error}") from error
+
+
+def _check_keys(file: Path, architecture: str, said: dict[str, Any], config: Any) -> None:
+    from transformers.modeling_gguf_pytorch_utils import GGUF_CONFIG_MAPPING
+
+    taken = {key for key, theirs in GGUF_CONFIG_MAPPING[config.model_type].items() if theirs is not None}
+    as_there = {  # what transformers has for the commonest of those that it does not take
+        "attention.key_length": config.head_dim, "attention.value_length": config.head_dim,
+        "rope.dimension_count": config.head_dim, "rope.scaling.type": "none", "attention.causal": True,
+        "expert_count": 0, "expert_used_count": 0,
+    }  # fmt: skip
+    for key in NEEDED:
+        if f"{architecture}.{key}" not in said:
+            raise InputError(f"{file}: key {architecture}.{key} is missing")
+    for name, value in said.items():
+        key = name.removeprefix(f"{architecture}.")
+        if key == name or key in taken or value == as_there.get(key):
+            continue
+        wanted = repr(as_there[key]) if key in as_there else "no such key"
+        raise InputError(f"{file} has {name}={value!r}, which transformers does not take from a GGUF file: want "
+                         f"{wanted}, or {INSTEAD}")
+
+
+# --- reading
 
 
 def _dequantize(file: Path, folder: Path) -> None:
@@ -46,10 +150,16 @@ def _dequantize(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, output_loading_info=True, ignore_mismatched_sizes=True)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
     except Exception as error:  # what the library races through has many types
         raise InputError(f"{file} cannot be read: {error}") from error
+    for name, got, wanted in sorted(report["mismatched_keys"]):
+        raise InputError(f"{file}: tensor {name}, as transformers calls it, is {list(got)}: want {list(wanted)}")
+    for problem in ("missing_keys", "unexpected_keys"):
+        for name in sorted(report[problem]):
+            raise InputError(f"{file}: tensor {name}, as transformers calls it, is {problem.partition('_')[0]}")
     config = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
     (folder / "config.json").write_text(json.dumps(_as_written(config)))
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}

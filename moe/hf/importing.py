@@ -110,7 +110,11 @@ def _transformers_config(source: Source) -> Any:
     from transformers import CONFIG_MAPPING  # takes seconds to import: only where a model is read
 
     try:
-        return CONFIG_MAPPING[source.config["model_type"]].from_dict(source.config)
+        config = CONFIG_MAPPING[source.config["model_type"]].from_dict(source.config)
+        # A context length before the stretch that lies beside rope_parameters goes before that among them, and only
+        # this puts it there: the models call it, too, when they are made.
+        config.standardize_rope_params()
+        return config
     except Exception as error:  # what the library races through has many types
         raise InputError(f"{source.folder}/config.json does not describe a model: {error}") from error
 
@@ -121,8 +125,10 @@ def _section(family: Family, their_config: Any, source: Source) -> ModelConfig:
     except ValidationError as error:
         raise InputError(f"{source.folder}/config.json describes a model that ours cannot be: "
                          f"{error.errors()[0]['msg']}") from error
-    except (InputError, AttributeError, KeyError, TypeError) as error:
+    except InputError as error:
         raise InputError(f"{source.folder}: {error}") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{source.folder}/config.json describes a model that ours cannot be: {error!r}") from error
 
 
 def _check(source: Source, outline: Decoder, plan: list[Piece]) -> torch.dtype:

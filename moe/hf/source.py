@@ -1,7 +1,8 @@
 """A checkpoint in Hugging Face layout, read tensor by tensor: what is in it is known before any of it is read.
 
     FOLDER/config.json
-    FOLDER/model.safetensors, or model.safetensors.index.json and the shards it names
+    FOLDER/model.safetensors, or model.safetensors.index.json and the shards it names; not both, because which of them
+    is the model then depends on who reads it
 """
 
 import errno
@@ -64,11 +65,11 @@ def _tensors(folder: Path) -> dict[str, Stored]:
     """Of all files, by name."""
     index = _index(folder)
     if index is None:
-        return _header(folder / TENSORS)
+        return header(folder / TENSORS)
     stored = {}
     for file in sorted(set(index.values())):
-        header = _header(folder / file, next(name for name in sorted(index) if index[name] == file))
-        for name, tensor in header.items():
+        found = header(folder / file, next(name for name in sorted(index) if index[name] == file))
+        for name, tensor in found.items():
             if index.get(name) != file:
                 raise InputError(f"{folder / file} has tensor {name}: want it where {INDEX} says, "
                                  f"{index.get(name, 'nowhere')}")
@@ -104,6 +105,9 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 def _index(folder: Path) -> dict[str, str] | None:
     path = folder / INDEX
     if path.is_file():
+        if (folder / TENSORS).is_file():
+            raise InputError(f"{folder} has both {TENSORS} and {INDEX}, which may be two models: want that one taken "
+                             "away which is not meant (transformers reads the first)")
         try:
             index = json.loads(path.read_text())["weight_map"]
             plain = all(Path(file).name == file for file in index.values())
@@ -122,7 +126,7 @@ def _index(folder: Path) -> dict[str, str] | None:
     return None
 
 
-def _header(path: Path, expected: str | None = None) -> dict[str, Stored]:
+def header(path: Path, expected: str | None = None) -> dict[str, Stored]:
     """What a file says it has, held against its size. `expected` is a tensor to name where there is no header."""
     named = f", with tensor {expected} among others," if expected else ""
     try:
@@ -131,10 +135,10 @@ def _header(path: Path, expected: str | None = None) -> dict[str, Stored]:
             size = path.stat().st_size
             if length > size - 8:
                 raise ValueError("it ends within its header")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        stored = {name: Stored(path.name, about["dtype"], about["shape"]) for name, about in header.items()}
-        ends = {name: 8 + length + about["data_offsets"][1] for name, about in header.items()}
+            entries = json.loads(file.read(length))
+        entries.pop("__metadata__", None)
+        stored = {name: Stored(path.name, about["dtype"], about["shape"]) for name, about in entries.items()}
+        ends = {name: 8 + length + about["data_offsets"][1] for name, about in entries.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}{named} cannot be read: {error}") from error
     for name, end in sorted(ends.items(), key=lambda item: item[1]):

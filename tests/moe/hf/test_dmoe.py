@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import kernels
 from launch.cli import app
+from moe import manifest
 from moe.config import MixtureConfig
 from moe.errors import InputError
 from moe.hf import dmoe
@@ -22,9 +24,9 @@ MIXTURE = dict(num_experts=4, top_k=2, d_ff=24, dense_layers=(0,))
 
 @pytest.fixture
 def make_model(model_config, tokenizer, tmp_path):
-    def made(**mixture):
+    def made(dtype=torch.float32, **mixture):
         config = model_config(num_layers=3, mixture=MixtureConfig(**MIXTURE | mixture))
-        decoder = Decoder(config, tokenizer.get_vocab_size()).initialise(3)
+        decoder = Decoder(config, tokenizer.get_vocab_size()).initialise(3).cast(dtype)
         model_folder.save(tmp_path / "ours", ModelFolder(decoder, tokenizer))
         return decoder
 
@@ -63,12 +65,17 @@ def test_computes_what_ours_computes(mixture, make_model, tmp_path):
     assert (ours - theirs(state, x_TD, arguments)).abs().max() <= 1e-9 * ours.abs().max()
 
 
-def test_out_and_back_bit_for_bit(make_model, tmp_path):
-    make_model()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_out_and_back_bit_for_bit(make_model, tmp_path, dtype):
+    make_model(dtype)
     runner = CliRunner()
     for arguments in (["export", tmp_path / "ours", tmp_path / "out", "--as", "dmoe"],
                       ["import", tmp_path / "out", tmp_path / "back"]):
-        assert runner.invoke(app, list(map(str, arguments)), catch_exceptions=False).exit_code == 0
+        end = runner.invoke(app, list(map(str, arguments)), catch_exceptions=False, env={"COLUMNS": "300"})
+        assert end.exit_code == 0
+    assert "left out: none; not what was exported: 0; each" in end.stdout
+    said = json.loads((tmp_path / "out" / dmoe.ARGUMENTS).read_text())
+    assert (said["fp16"], said["bf16"]) == (dtype == torch.float16, dtype == torch.bfloat16)
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {
         "layer-01.safetensors", "layer-02.safetensors", "rest.safetensors", "arguments.json", "export.json"}
     assert not (tmp_path / "out/layer-00.safetensors").exists()  # which is dense
@@ -81,10 +88,20 @@ def test_out_and_back_bit_for_bit(make_model, tmp_path):
 
 
 @pytest.fixture
-def exported(make_model, tmp_path):
-    make_model()
-    dmoe.export_dmoe(tmp_path / "ours", tmp_path / "out")
-    return tmp_path / "out"
+def export(make_model, tmp_path):
+    """A function: the folder of a random model's layers, in this precision."""
+
+    def folder(dtype=torch.float32):
+        make_model(dtype)
+        dmoe.export_dmoe(tmp_path / "ours", tmp_path / "out")
+        return tmp_path / "out"
+
+    return folder
+
+
+@pytest.fixture
+def exported(export):
+    return export()
 
 
 def rewrite(path, change):
@@ -95,7 +112,9 @@ def rewrite(path, change):
 
 def test_what_was_trained_there_is_noted(exported, tmp_path):
     rewrite(exported / "layer-02.safetensors", lambda state: state[dmoe.UP].add_(1))
-    account = dmoe.import_dmoe(exported, tmp_path / "back")
+    end = CliRunner().invoke(app, ["import", str(exported), str(tmp_path / "back")], env={"COLUMNS": "300"})
+    assert "not what was exported: 1;" in end.stdout
+    account = json.loads((tmp_path / "back/import.json").read_text())
     assert [name for name, source in account["sources"].items() if not source["as_exported"]] == [
         f"layer-02.safetensors:{dmoe.UP}"]
     back = model_folder.load(tmp_path / "back").decoder.layers[2].ffn.experts.w_gate_up
@@ -119,15 +138,103 @@ def test_what_does_not_fit_is_named(change, said, exported, tmp_path):
     assert not list(tmp_path.glob("*back*")) and not list(tmp_path.glob(".back*"))
 
 
-def test_a_layer_computed_otherwise_is_refused(exported, tmp_path):
-    path = exported / dmoe.ARGUMENTS
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"activation_fn": "gelu"}))
-    with pytest.raises(InputError, match="activation_fn='gelu': want 'silu'"):
+LAYER = "layer-01.safetensors"
+FOUR = (dmoe.TABLE, dmoe.GATE, dmoe.UP, dmoe.DOWN)
+
+
+@pytest.mark.parametrize("model, trained", [(torch.float32, torch.bfloat16), (torch.float32, torch.float16),
+                                            (torch.float64, torch.float32)], ids=str)
+@pytest.mark.parametrize("names", [FOUR, (dmoe.GATE,)], ids=["layer", "w1"])
+def test_what_was_trained_in_a_lower_precision_has_the_models(model, trained, names, export, tmp_path):
+    folder = export(model)
+    rewrite(folder / LAYER, lambda state: state.update({name: state[name].to(trained) for name in names}))
+    dmoe.import_dmoe(folder, tmp_path / "back")
+    back = model_folder.load(tmp_path / "back").decoder
+    gate = load_file(folder / LAYER)[dmoe.GATE]
+    assert torch.equal(back.layers[1].ffn.experts.w_gate_up[:, :24].reshape(-1, 32), gate.to(model))
+    assert {t.dtype for n, t in back.state_dict().items() if ".router." not in n} == {model}
+    assert {t.dtype for n, t in back.state_dict().items() if ".router." in n} == {torch.float32}
+    with torch.no_grad():
+        back(torch.arange(10), kernels.documents([0, 10]))
+
+
+@pytest.mark.parametrize("model, file, name, dtype", [
+    pytest.param(torch.bfloat16, LAYER, dmoe.UP, torch.float32, id="higher"),
+    pytest.param(torch.bfloat16, LAYER, dmoe.UP, torch.float16, id="neither-holds-the-other"),
+    pytest.param(torch.float32, LAYER, dmoe.DOWN, torch.int8, id="integers"),
+    pytest.param(torch.float32, LAYER, dmoe.DOWN, torch.float8_e4m3fn, id="eight-bits"),
+    pytest.param(torch.float32, LAYER, dmoe.TABLE, torch.float64, id="a-router-of-float64"),
+    pytest.param(torch.float32, dmoe.REST, "norm.weight", torch.int32, id="rest"),
+    pytest.param(torch.float32, dmoe.REST, "layers.1.ffn.router.load", torch.int32, id="load"),
+])  # fmt: skip
+def test_a_precision_that_the_models_does_not_hold_is_named(model, file, name, dtype, export, tmp_path):
+    folder = export(model)
+    rewrite(folder / file, lambda state: state.update({name: state[name].to(dtype)}))
+    wanted = "float32" if ".router." in name or name == dmoe.TABLE else str(model).removeprefix("torch.")
+    said = rf"{file}: tensor {name} is {str(dtype).removeprefix('torch.')}: want {wanted}, as the model has it"
+    with pytest.raises(InputError, match=said):
+        dmoe.import_dmoe(folder, tmp_path / "back")
+
+
+def test_tensors_that_changed_places_are_named(exported, tmp_path):
+    """Of equal shapes, so only what was exported tells: within a layer, and a layer for another."""
+    before = (exported / LAYER).read_bytes()
+    rewrite(exported / LAYER, lambda state: state.update({dmoe.GATE: state[dmoe.UP], dmoe.UP: state[dmoe.GATE]}))
+    said = r"tensor experts\.mlp\.(w1|v1) is what layer-01\.safetensors:experts\.mlp\.(w1|v1) was"
+    with pytest.raises(InputError, match=rf"layer-01\.safetensors: {said}"):
         dmoe.import_dmoe(exported, tmp_path / "back")
-    (exported / "layer-01.safetensors").write_bytes(b"short")
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"activation_fn": "silu"}))
-    with pytest.raises(InputError, match=r"layer-01\.safetensors cannot be read"):
+    (exported / LAYER).write_bytes(before)
+    (exported / "layer-02.safetensors").write_bytes(before)
+    with pytest.raises(InputError, match=r"layer-02\.safetensors: tensor .* is what layer-01\.safetensors:"):
         dmoe.import_dmoe(exported, tmp_path / "back")
+
+
+@pytest.mark.parametrize("said", [
+    {"activation_fn": "gelu"}, {"mlp_type": "mlp"}, {"moe_normalize_expert_weights": 2}, {"moe_top_k": 1},
+    {"shared_expert": True}, {"uniform_expert_assignment": True}, {"moe_of_tomorrow": 1},
+], ids=lambda said: next(iter(said)))  # fmt: skip
+def test_layers_computed_otherwise_are_refused(said, exported, tmp_path):
+    rewrite_arguments(exported, said)
+    ((key, value),) = said.items()
+    with pytest.raises(InputError, match=rf"arguments\.json: {key}={value!r}: want"):
+        dmoe.import_dmoe(exported, tmp_path / "back")
+
+
+def test_arguments_without_effect_are_taken(exported, tmp_path):
+    rewrite_arguments(exported, {"moe_jitter_eps": 0.1, "mlp_impl": "sparse", "shared_expert": False, "bf16": True})
+    assert dmoe.import_dmoe(exported, tmp_path / "back")["family"] == "dmoe"
+
+
+def rewrite_arguments(folder, said):
+    path = folder / dmoe.ARGUMENTS
+    path.write_text(json.dumps(json.loads(path.read_text()) | said))
+
+
+def test_a_file_that_does_not_fit_is_named(exported, tmp_path):
+    content = (exported / LAYER).read_bytes()
+
+    def refused(said):
+        with pytest.raises(InputError, match=said):
+            dmoe.import_dmoe(exported, tmp_path / "back")
+        assert not (tmp_path / "back").exists()
+
+    (exported / LAYER).write_bytes(content[:-1])
+    refused(r"layer-01\.safetensors: tensor \S+ is not whole")
+    (exported / LAYER).write_bytes(b"short")
+    refused(r"layer-01\.safetensors cannot be read")
+    (exported / LAYER).unlink()
+    refused(r"layer-01\.safetensors cannot be read")
+    (exported / LAYER).write_bytes(content)
+    (exported / "layer-07.safetensors").write_bytes(content)
+    refused(r"layer-07\.safetensors is left over: want rest\.safetensors and the files of the 2 mixture layers")
+    (exported / "layer-07.safetensors").unlink()
+    (exported / "tokenizer.json").rename(exported / "elsewhere")
+    refused(r"tokenizer\.json does not exist")
+    (exported / "elsewhere").rename(exported / "tokenizer.json")
+    manifest.write(exported / "export.json", {"targets": ["w1"]})
+    refused(r"export\.json cannot be read")
+    (exported / dmoe.ARGUMENTS).write_text("[]")
+    refused(r"arguments\.json holds no object")
 
 
 @pytest.mark.parametrize("mixture, said", [

@@ -70,6 +70,71 @@ def test_generations_are_those_of_transformers(make_checkpoint, wide, family):
     assert len({token for tokens in got for token in tokens}) > 20  # not one token over and over
 
 
+# --- what config.json says: keys that transformers heeds in a family count in ours, others do not
+
+KINDS = {kind: [f"{kind}_attention"] * 3 for kind in ("full", "sliding")}
+SLIDING = {"sliding_window": 8, "use_sliding_window": True, "layer_types": KINDS["sliding"]}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+def rewrite(folder, **changed):
+    config = json.loads((folder / "config.json").read_text()) | changed
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture
+def as_read(make_checkpoint):
+    """A function: our decoder of a checkpoint whose config.json was changed, and how far its logits are from those of
+    transformers, which reads it, too."""
+    from transformers import AutoModelForCausalLM
+
+    def read(family, said, **changed):
+        folder, _ = make_checkpoint(family, torch.float32, **changed)
+        rewrite(folder, **said)
+        theirs = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager")
+        decoder, texts = ours(folder), documents_of(LENGTHS)
+        with torch.no_grad():
+            want = [theirs(text[None]).logits[0] for text in texts]
+        got = packed_logits(decoder, texts)
+        return decoder, max((a - b).abs().max() for a, b in zip(got, want, strict=True))
+
+    return read
+
+
+@pytest.mark.parametrize("family, said, window", [
+    *(pytest.param(family, SLIDING, None, id=f"{family}-has-none")
+      for family in ("llama", "olmo2", "olmoe", "flex_olmo", "glm4_moe")),
+    pytest.param("mixtral", {"sliding_window": 8}, 8, id="mixtral"),
+    pytest.param("mixtral", {"sliding_window": 8, "use_sliding_window": False}, 8, id="mixtral-used-all-the-same"),
+    pytest.param("mixtral", {"sliding_window": 8, "layer_types": KINDS["full"]}, 8, id="mixtral-in-all-layers"),
+    pytest.param("mixtral", {"sliding_window": None, "use_sliding_window": True}, None, id="mixtral-none"),
+    pytest.param("qwen3", SLIDING, 8, id="qwen3"),
+    pytest.param("qwen3", {"sliding_window": 8}, None, id="qwen3-not-used"),
+    pytest.param("qwen3", SLIDING | {"layer_types": KINDS["full"]}, None, id="qwen3-full-layers"),
+    pytest.param("qwen3", SLIDING | {"layer_types": None, "max_window_layers": 0}, 8, id="qwen3-layers-by-number"),
+    pytest.param("qwen3", SLIDING | {"layer_types": None, "max_window_layers": 3}, None, id="qwen3-none-by-number"),
+    pytest.param("qwen3_moe", {"sliding_window": 8, "use_sliding_window": True}, 8, id="qwen3_moe"),
+    pytest.param("qwen3_moe", {"sliding_window": 8}, None, id="qwen3_moe-not-used"),
+    pytest.param("qwen3_moe", SLIDING | {"layer_types": KINDS["full"]}, 8, id="qwen3_moe-in-all-layers"),
+])  # fmt: skip
+def test_the_window_is_that_of_transformers(as_read, family, said, window):
+    decoder, difference = as_read(family, said)
+    assert decoder.config.window == window
+    assert difference <= 1e-5
+
+
+@pytest.mark.parametrize("family, changed", [
+    pytest.param("llama", {}, id="llama3"),
+    pytest.param("llama", {"rope_parameters": YARN}, id="yarn"),
+    pytest.param("glm4_moe", {"rope_parameters": YARN | {"partial_rotary_factor": 0.5}}, id="yarn-of-a-part"),
+])  # fmt: skip
+def test_the_context_before_the_stretch_is_that_of_transformers(as_read, family, changed):
+    """It may lie beside rope_parameters, and goes before the one among them."""
+    decoder, difference = as_read(family, {"original_max_position_embeddings": 64}, **changed)
+    assert decoder.config.rope_scaling.original_context == 64
+    assert difference <= 1e-5
+
+
 # --- every tensor is accounted for
 
 
@@ -235,6 +300,39 @@ def test_a_truncated_shard_is_named_by_its_tensor(make_checkpoint):
         import_folder(folder, folder.with_name("ours"))
 
 
+def test_shards_that_changed_places_are_named_by_a_tensor(make_checkpoint):
+    folder, _ = make_checkpoint("llama", max_shard_size="20KB")
+    a, b = sorted(folder.glob("model-*.safetensors"))[:2]
+    content, names = a.read_bytes(), {*load_file(a), *load_file(b)}
+    a.write_bytes(b.read_bytes())
+    with pytest.raises(InputError, match=rf"{a.name} has tensor \S+: want it where .* says, {b.name}"):
+        import_folder(folder, folder.with_name("ours"))
+    b.write_bytes(content)
+    with pytest.raises(InputError, match=rf"{a.name} has tensor ({'|'.join(names)}): want it where .* says, {b.name}"):
+        import_folder(folder, folder.with_name("ours"))
+
+
+def test_a_tensor_that_the_index_has_and_no_shard_is_named(make_checkpoint):
+    folder, _ = make_checkpoint("llama", max_shard_size="20KB")
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    tensors = load_file(shard)
+    dropped = max(tensors)
+    save_file({name: tensor for name, tensor in tensors.items() if name != dropped}, shard)
+    with pytest.raises(InputError, match=f"{shard.name}: tensor {dropped} is missing, which .* has there"):
+        import_folder(folder, folder.with_name("ours"))
+
+
+def test_weights_twice_in_a_folder_are_refused(make_checkpoint):
+    """transformers would take the single file, whatever the index says."""
+    folder, _ = make_checkpoint("llama", max_shard_size="20KB")
+    save_file({"model.norm.weight": torch.ones(32)}, folder / "model.safetensors")
+    said = r"theirs has both model\.safetensors and model\.safetensors\.index\.json.*: want that one taken away"
+    with pytest.raises(InputError, match=said):
+        import_folder(folder, folder.with_name("ours"))
+    (folder / "model.safetensors").unlink()
+    import_folder(folder, folder.with_name("ours"))
+
+
 def test_tensors_that_changed_places_after_the_import_are_named(make_checkpoint):
     """Of equal shapes, so only their hashes tell."""
     folder, _ = make_checkpoint("llama")
@@ -260,11 +358,7 @@ def test_tensors_that_changed_places_before_it_show_in_the_logits(make_checkpoin
 
 
 TWO_KINDS = ["full_attention", "sliding_attention", "full_attention"]
-
-
-def rewrite(folder, **changed):
-    config = json.loads((folder / "config.json").read_text()) | changed
-    (folder / "config.json").write_text(json.dumps(config))
+DEFAULT = {"rope_type": "default", "rope_theta": 1e4}
 
 
 @pytest.mark.parametrize(
@@ -282,6 +376,16 @@ def rewrite(folder, **changed):
                      "rope_type='linear': want default, llama3 or yarn", id="rope"),
         pytest.param("qwen3", {"sliding_window": 8, "use_sliding_window": True, "layer_types": TWO_KINDS},
                      "layer_types of full_attention, sliding_attention", id="layers-of-two-kinds"),
+        pytest.param("qwen3", {"layer_types": KINDS["sliding"]}, "sliding_attention without a window: want sliding",
+                     id="no-window"),
+        pytest.param("qwen3", {"rope_parameters": {"full_attention": DEFAULT}},
+                     r"theirs: config\.json has rope_parameters of their own for full_attention: want", id="nested"),
+        pytest.param("llama", {"rope_parameters": DEFAULT | {"rope_theta": None}}, "rope_theta=None among .* a number",
+                     id="no-theta"),
+        pytest.param("llama", {"rope_parameters": YARN | {"factor": "4"}}, "factor='4' among .* a number",
+                     id="a-word-for-a-number"),
+        pytest.param("llama", {"original_max_position_embeddings": None},
+                     "original_max_position_embeddings=None among .* a number", id="no-context-before-the-stretch"),
         pytest.param("llama", {"num_key_value_heads": 3}, "config.json", id="heads-that-do-not-divide"),
     ],
 )  # fmt: skip
