@@ -137,7 +137,7 @@ def _swiglu(ours: str, theirs: list[str], names: tuple[str, str, str]) -> list[P
 
 def section_of(family: Family, config: Any) -> ModelConfig:
     """Our section for a config of transformers. Raises InputError naming what our ops do not have."""
-    _want(config, hidden_act="silu", mlp_bias=False, clip_qkv=None, quantization_config=None)
+    _want(config, hidden_act="silu", mlp_bias=False, clip_qkv=None, quantization_config=None, transformers_weights=None)
     head_dim = getattr(config, "head_dim", None)
     parameters = config.rope_parameters
     if kinds := sorted(kind for kind, inner in parameters.items() if isinstance(inner, dict)):

@@ -372,6 +372,7 @@ DEFAULT = {"rope_type": "default", "rope_theta": 1e4}
         pytest.param("llama", {"attention_bias": True}, "attention_bias=True: want False", id="bias-of-the-output"),
         pytest.param("olmoe", {"clip_qkv": 8.0}, r"clip_qkv=8\.0: want None", id="clipping"),
         pytest.param("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config=", id="quantized"),
+        pytest.param("llama", {"transformers_weights": "other.safetensors"}, "transformers_weights=", id="other-file"),
         pytest.param("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
                      "rope_type='linear': want default, llama3 or yarn", id="rope"),
         pytest.param("qwen3", {"sliding_window": 8, "use_sliding_window": True, "layer_types": TWO_KINDS},
