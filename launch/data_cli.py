@@ -2,8 +2,12 @@
 
 import json
 import os
-from contextlib import nullcontext
+import signal
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -21,6 +25,7 @@ app = typer.Typer(no_args_is_help=True, help="Build the demonstration corpus, lo
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 MANIFEST = "manifest.json"
+MOST_NAMED = 20  # sources or columns: of those of a row each there may be a million
 
 
 @app.command()
@@ -109,12 +114,14 @@ def curate(
 ) -> None:
     """De-identify, filter, deduplicate and decontaminate documents, with an account of every row that went or changed.
 
-    Wants the extra `curate`. What is found is what patterns find: look at a sample before you rely on it.
+    Wants the extra `curate`. What is found is what patterns find: look at a sample before you rely on it. Stopped by
+    Ctrl-C, SIGTERM or SIGHUP (exit status 130, 143, 129) it leaves nothing behind.
 
     Example: polyclinic data curate reports.jsonl notes.parquet --against exams.jsonl --out curated
     """
     from moe.data.curation import settings as sections
     from moe.data.curation.curation import curate as run
+    from moe.data.curation.rows import WorkerLost
 
     if (out is None) is not dry_run:
         raise InputError("want --out FOLDER, or --dry-run, and not both")
@@ -122,36 +129,78 @@ def curate(
     given = {name: value for name, value in (("names", names), ("key", key)) if value is not None}
     if given:
         settings = settings.changed(**given)
-    with written(out) if out else nullcontext(), bar() as shown:
+    with _ended_in_order(), written(out) if out else _counted(), bar() as shown:
         task = shown.add_task("reading", total=None)
-        manifest = run(inputs, out, against or [], settings, workers or len(os.sched_getaffinity(0)),
-                       lambda what, done, total: shown.update(task, description=what, completed=done, total=total))
+        try:
+            manifest = run(inputs, out, against or [], settings, workers or len(os.sched_getaffinity(0)),
+                           lambda what, done, total: shown.update(task, description=what, completed=done, total=total))
+        except WorkerLost as error:
+            raise RunFailed(str(error)) from None
     if as_json:
         print(json.dumps(manifest, indent=1))
         return
     _show_curation(manifest, out)
 
 
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Around what keeps text on the disk meanwhile: who tells it to end ends it by an exception, so that it clears that
+    away; and cannot do so twice."""
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+               if signal.getsignal(number) is not signal.SIG_IGN]  # as `nohup` has it
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    before = [(number, signal.signal(number, end)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _counted() -> Iterator[None]:
+    """Around what writes nothing that stays."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(f"no room in {tempfile.gettempdir()} for the rows meanwhile: {error.strerror or error}; set "
+                        "TMPDIR to a folder that has it") from error
+
+
 def _show(found: dict[str, Any]) -> None:
     first = next(iter(found["files"].values()), {})
-    counts = [key for key in first if key not in ("bytes", "length_quantiles", "licences")]
+    counts = [key for key in first if key not in ("bytes", "not_unicode", "length_quantiles", "licences")]
     unit = "characters" if found["kind"] == "rows" else "tokens"
     say(f"{found['path']}: lengths in {unit}")
-    table = Table("file", box=box.SIMPLE, pad_edge=False)
+    table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("file", overflow="fold", min_width=10)  # to be read whole, and the numbers beside it
     for heading in (*(key.replace("exact_", "").replace("_", " ") for key in counts), "median", "longest"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, own in found["files"].items():
         lengths = (own["length_quantiles"].get(key, 0) for key in ("median", "largest"))
         table.add_row(name, *(f"{value:,}" for value in (*(own[key] for key in counts), *lengths)))
     if found["files"]:
         Console().print(table)
     licences = {(licence, source): None for own in found["files"].values() for licence, source in own["licences"]}
-    for licence, source in licences:
-        say(f"{source}: {licence}")
+    for line in _first([f"{source}: {licence}" for licence, source in licences]):
+        say(line)
+    for name, own in found["files"].items():
+        if count := own.get("not_unicode"):
+            say(f"{name}: {count:,} rows are not Unicode, and cannot be trained on")
     for damage in found["damages"]:
         say(f"DAMAGED {damage}")
     if found["verified"]:
         say(f"{found['verified']} files are what their manifest says")
+
+
+def _first(names: Sequence[str]) -> list[str]:
+    """So many as can be read."""
+    return [*names[:MOST_NAMED], *([f"and {len(names) - MOST_NAMED:,} more"] if len(names) > MOST_NAMED else [])]
 
 
 def _show_curation(manifest: dict[str, Any], out: Path | None) -> None:
@@ -168,6 +217,6 @@ def _show_curation(manifest: dict[str, Any], out: Path | None) -> None:
     for warning in manifest["warnings"]:
         say(f"note: {warning}")
     if manifest["left_out_columns"]:
-        say(f"columns that were left out: {', '.join(manifest['left_out_columns'])}")
+        say(f"columns that were left out: {', '.join(_first(manifest['left_out_columns']))}")
     say(f"{manifest['rows']:,} rows" + (f" in {out}; what happened to which is in {out / 'changes.jsonl'}" if out else
                                          " would be left; nothing is written"))  # fmt: skip

@@ -3,6 +3,6 @@
     curate      the whole of it (curation)
     Settings    what it does (settings)
 
-Reading order: settings, identifiers (what is looked for), deidentify, words, quality, duplicates, contamination, rows
-(the steps that look at one row), curation.
+Reading order: settings, identifiers (what is looked for), characters and pieces (in what), deidentify, words, quality,
+duplicates, contamination, rows (the steps that look at one row), spool, account, curation.
 """

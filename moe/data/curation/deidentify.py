@@ -4,8 +4,12 @@ presidio looks for it, by patterns alone: identifiers.py, and its own recogniser
 telephone numbers. Where a spaCy model is named, people and places that it finds are added; presidio would download one
 that is absent, so that is refused first. Nothing here uses the network.
 
+It looks at a copy in plain characters (characters.py), piece by piece (pieces.py). What stays is as it was, but in
+Unicode's form NFC.
+
 Needs   The extra `curate`.
-Fails   closed: a text that a pattern takes too long for raises TooHard, for its row to be left out.
+Fails   closed: a text that a pattern takes too long for, or that has a find of 256,000 characters, raises TooHard, for
+        its row to be left out.
 Limits  A pattern finds what it has been told of. No identifier is certain to be gone: look at a sample, and have it
         judged by who answers for it. A pseudonym follows from its value, which 164.514(c) does not allow under Safe
         Harbor: take it under an expert determination, 164.514(b)(1).
@@ -18,19 +22,23 @@ import importlib.util
 import logging
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import regex
 
+from moe.data.curation import pieces
+from moe.data.curation import words as ws
+from moe.data.curation.characters import composed, plain
 from moe.data.curation.identifiers import FORM, LABELLED, PATTERNS, TYPES, WEAK
+from moe.data.curation.pieces import Find, overlapping
 from moe.data.curation.settings import Deidentify
 from moe.errors import InputError
 
 if TYPE_CHECKING:
     from presidio_analyzer import AnalyzerEngine, EntityRecognizer
 
-PIECE = 16_000  # characters searched at once: what some patterns cost grows faster than the text
 LEAST_KEY = 16  # bytes
 PACKAGES = ("presidio_analyzer", "presidio_anonymizer", "datasketch")
 LANGUAGE = "en"
@@ -65,40 +73,47 @@ class Deidentifier:
 
         check(section)
         self._analyzer = _analyzer(section)
-        self._given_up = _GivenUp()
-        logging.getLogger("presidio-analyzer").addHandler(self._given_up)
+        self._sites_own = bool(section.patterns)
         key = _key(section.key) if section.key else None
         operators = {kind: OperatorConfig("custom", {"lambda": _replacement(kind, key)}) for kind in TYPES}
-        self._replace = functools.partial(
+        self._anonymize = functools.partial(
             AnonymizerEngine().anonymize, operators=operators, merge_entities_with_spaces=False,
             conflict_resolution=ConflictResolutionStrategy.REMOVE_INTERSECTIONS,
         )  # fmt: skip
 
     def __call__(self, text: str) -> tuple[str, Counter]:
         """Raises TooHard where the text cannot be searched whole."""
-        out, found = [], Counter()
-        for piece in pieces(text):
-            self._given_up.seen = False
-            results = self._analyzer.analyze(piece, LANGUAGE, score_threshold=WEAK)
-            if self._given_up.seen:
-                raise TooHard
-            if results:
-                replaced = self._replace(piece, results)
-                found.update(item.entity_type for item in replaced.items)
-                piece = replaced.text
-            out.append(piece)
-        return "".join(out), found
+        text = composed(text)
+        out, counts, rest = [], Counter(), 0
+        for group in overlapping(self._finds(text)):
+            start, end = group[0].start, max(find.end for find in group)
+            replaced = self._replaced(text[start:end], group)
+            counts.update(item.entity_type for item in replaced.items)
+            out += [text[rest:start], replaced.text]
+            rest = end
+        return "".join([*out, text[rest:]]), counts
 
+    def _finds(self, text: str) -> list[Find]:
+        # A site's own pattern may know a tab, or a wide digit.
+        copies = {plain(text), text} if self._sites_own else {plain(text)}
+        try:
+            return sorted({find for copy in copies for find in pieces.finds(copy, self._search)})
+        except pieces.TooLong:
+            raise TooHard from None
 
-def pieces(text: str) -> Iterator[str]:
-    """The text in parts of at most PIECE characters that end where a paragraph, a line or a word ends, if any does."""
-    start = 0
-    while len(text) - start > PIECE:
-        ends = (text.rfind(mark, start + PIECE // 2, start + PIECE) + len(mark) for mark in ("\n\n", "\n", " "))
-        end = next((end for end in ends if end > start + PIECE // 2), start + PIECE)
-        yield text[start:end]
-        start = end
-    yield text[start:]
+    def _search(self, text: str) -> list[Find]:
+        with _given_up() as given_up:
+            results = self._analyzer.analyze(text, LANGUAGE, score_threshold=WEAK)
+        if given_up.seen:
+            raise TooHard
+        return [Find(each.start, each.end, each.entity_type, each.score) for each in results]
+
+    def _replaced(self, text: str, group: list[Find]) -> Any:
+        from presidio_analyzer import RecognizerResult
+
+        before = group[0].start
+        return self._anonymize(text, [RecognizerResult(kind, start - before, end - before, score)
+                                      for start, end, kind, score in group])
 
 
 class _GivenUp(logging.Handler):
@@ -110,6 +125,17 @@ class _GivenUp(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.seen |= "timed out" in record.getMessage()
+
+
+@contextmanager
+def _given_up() -> Iterator[_GivenUp]:
+    """Hears it meanwhile."""
+    logger, handler = logging.getLogger("presidio-analyzer"), _GivenUp()
+    logger.addHandler(handler)
+    try:
+        yield handler
+    finally:
+        logger.removeHandler(handler)
 
 
 def _key(path: Path) -> bytes:
@@ -125,11 +151,11 @@ def _key(path: Path) -> bytes:
 
 def _replacement(kind: str, key: bytes | None) -> Any:
     """A function from what was found to what stands in its place. Spelling does not matter to a pseudonym: 555-0100 and
-    (555) 0100 have the same."""
+    (555) 0100 have the same, and so has what is as wide as a Chinese character."""
 
     def pseudonym(value: str) -> str:
-        plain = "".join(filter(str.isalnum, value.casefold()))
-        return f"[{kind} {hmac.digest(key, f'{kind}|{plain}'.encode(), hashlib.sha256).hex()[:12]}]"
+        spelled = "".join(filter(str.isalnum, ws.plain(value)))
+        return f"[{kind} {hmac.digest(key, f'{kind}|{spelled}'.encode(), hashlib.sha256).hex()[:12]}]"
 
     return pseudonym if key else lambda value: f"[{kind}]"
 
@@ -160,7 +186,11 @@ def _analyzer(section: Deidentify) -> "AnalyzerEngine":
             NerModelConfiguration(model_to_presidio_entity_mapping=kinds, labels_to_ignore=[]),
         )
         found.append(SpacyRecognizer(supported_entities=sorted(set(kinds.values())), ner_strength=FORM))
-    engine.load()
+    try:
+        engine.load()
+    except (OSError, ValueError, ImportError) as error:
+        said = str(error).splitlines()[0]
+        raise InputError(f"deidentify.names={section.names}: spaCy cannot load it: {said}") from None
     registry = RecognizerRegistry(recognizers=found, supported_languages=[LANGUAGE])
     logging.getLogger("presidio-analyzer").setLevel(logging.WARNING)
     return AnalyzerEngine(registry, engine, supported_languages=[LANGUAGE], context_aware_enhancer=NoContext())

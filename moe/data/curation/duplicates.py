@@ -105,6 +105,8 @@ def _likest(
     own = None
     for other in others[likeliest[estimates[likeliest] >= section.jaccard - DOUBT]]:
         own = own if own is not None else _set(text(row), section)
+        if not len(own):
+            return None  # punctuation alone: nothing is said, and so nothing again
         theirs = _set(text(int(other)), section)
         shared = len(np.intersect1d(own, theirs, assume_unique=True))
         jaccard = shared / (len(own) + len(theirs) - shared)

@@ -47,7 +47,7 @@ def _patterns(kind: str, *patterns: tuple[str, float, str]) -> list[Pattern]:
 # Between a label and its value: words that make it the label of a number, and what joins the two.
 _NUMBER = r"(?i:numbers?|num\b|no\b\.?|nr\b\.?|id\b|identifier|code|\#)"
 _IS = r"\s{0,3}(?:[:#=\-]|(?i:is\b|was\b))?\s{0,3}"
-_MORE = rf"(?:\s{{0,3}}{_NUMBER})*{_IS}"
+_MORE = rf"(?:\s{{0,3}}{_NUMBER}){{0,20}}{_IS}"
 _MARK = rf"(?:\s{{0,3}}{_NUMBER}{_MORE}|\s{{0,3}}[:#=]\s{{0,3}})"
 # a digit is near its beginning
 _VALUE = (r"(?=[A-Za-z\-./]{0,8}\d)[A-Za-z\d](?:[A-Za-z\d]"
@@ -66,8 +66,9 @@ def _behind_word(words: str, value: str = _VALUE) -> str:
 
 # (A) A person is up to four capitalised words and initials, or LAST, FIRST.
 _PREFIX = r"(?:Mc|Mac|O['’]|D['’]|De|Di|La|Le|Van)?"
-_WORD = (rf"(?:{_PREFIX}\p{{Lu}}\p{{Ll}}+(?:[\-'’]\p{{Lu}}\p{{Ll}}+)*"
-         rf"|{_PREFIX}\p{{Lu}}{{2,20}}(?:[\-'’]\p{{Lu}}{{2,20}})?)")
+# With accents that are no part of their letter (M): Unicode has no Ọ with an accent on it.
+_WORD = (rf"(?:{_PREFIX}\p{{Lu}}[\p{{Ll}}\p{{M}}]+(?:[\-'’]\p{{Lu}}[\p{{Ll}}\p{{M}}]+)*"
+         rf"|{_PREFIX}\p{{Lu}}[\p{{Lu}}\p{{M}}]{{1,20}}(?:[\-'’]\p{{Lu}}[\p{{Lu}}\p{{M}}]{{1,20}})?)")
 _INITIAL = r"\p{Lu}\."
 _PARTICLES = r"(?:(?:de|del|der|den|di|la|le|van|von|bin|al|el) ){0,2}"
 _PERSON = (rf"(?:{_WORD}, {_WORD}(?: (?:{_INITIAL}|\p{{Lu}}\b))?"
@@ -100,7 +101,7 @@ _STATE = (r"(?:(?:AL|AK|AZ|AR|CA|CO|CT|DC|DE|FL|GA|HI|ID|IL|IN|IA|KS|KY|LA|ME|MD
           r"(?:North|South) (?:Carolina|Dakota)|Tennessee|Texas|Utah|Vermont|Virginia|Washington|West Virginia"
           r"|Wisconsin|"
           r"Wyoming)")
-_CAPITAL = r"\p{Lu}[\p{L}.'’\-]{1,24}"
+_CAPITAL = r"\p{Lu}[\p{L}\p{M}.'’\-]{1,24}"
 _CITY = rf"{_CAPITAL}(?: {_CAPITAL}){{0,2}}"
 _STREET = (r"(?:Street|St|Avenue|Ave|Road|Rd|Boulevard|Blvd|Lane|Ln|Drive|Dr|Court|Ct|Way|Place|Pl|Terrace|Ter|Circle|"
            r"Cir|Highway|Hwy|Parkway|Pkwy|Square|Sq|Trail|Trl|Loop|STREET|ST|AVENUE|AVE|ROAD|RD|BLVD|LANE|LN|DRIVE|DR|"
@@ -115,7 +116,7 @@ _PLACES = [
                          rf"{_STREET}{_ROOM}"),
         ("post box", FORM, r"\bP\.? ?O\.? ?(?i:box) ?\d{1,7}\b"),
         ("city before a state and ZIP code", FORM, rf"\b{_CITY}(?=,? {{1,2}}{_STATE} {{1,2}}\d{{5}}\b)"),
-        ("city behind a label", FORM, rf"\b(?i:{_LIVES})(?: of)?[ \t]*:?[ \t]*\K{_CITY}"),
+        ("city behind a label", FORM, rf"\b(?i:{_LIVES})(?: of)?[ \t]{{0,400}}:?[ \t]{{0,400}}\K{_CITY}"),
         ("county", WEAK, rf"\b{_CAPITAL} (?:County|Parish)\b"),
     ),
     *_patterns(

@@ -50,6 +50,8 @@ def _repetition(text: str, words: list[str], section: Filter) -> str | None:
     hashes, lengths = ws.hashes(words), np.array([len(word) for word in words])
     starts = np.concatenate([[0], np.cumsum(lengths)])  # of each word, in characters
     for n in PHRASE:
+        if n > len(words):
+            break
         _, first, count = np.unique(ws.runs(hashes, n), return_index=True, return_counts=True)
         characters = starts[first + n] - starts[first]
         commonest = np.lexsort((characters, count))[-1]  # and the longest of those that are as common

@@ -1,18 +1,22 @@
 """What is done to one row without looking at the others: de-identify, filter, and what later steps compare it by.
 
 In several processes, in the order of the rows. Each process makes its own searchers, from the same settings, so that
-the result does not depend on how many there are.
+the result does not depend on how many there are. They end with the first one, however that ends.
 """
 
 import collections
-import functools
 import hashlib
 import multiprocessing
+import os
 import signal
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +29,11 @@ from moe.data.curation.settings import Settings
 
 ROWS_PER_TASK, CHARACTERS_PER_TASK = 64, 200_000
 TASKS_AHEAD = 3  # for each process: read, and not yet looked at
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that tell a process to end
+
+
+class WorkerLost(RuntimeError):
+    """A process is gone before its rows were looked at."""
 
 
 @dataclass(frozen=True)
@@ -70,43 +79,92 @@ class Look:
         return Looked(text, found, exact=int.from_bytes(digest, "little"), **parts)
 
 
-def look(
-    texts: Iterable[str], settings: Settings, index: Path | None, workers: int
-) -> Iterator[Looked]:
-    """One for each text, in their order; `index` is a folder where contamination.Index was saved."""
-    task = functools.partial(_look_at, settings=settings.model_dump_json(), index=index)
+def look(texts: Iterable[str], settings: Settings, index: Path | None, workers: int) -> Iterator[Looked]:
+    """One for each text, in their order; `index` is a folder where contamination.Index was saved. To be closed, if not
+    gone through: then what has not begun does not begin. Raises WorkerLost."""
     if workers == 1:
-        for batch in _batches(texts):
-            yield from task(batch)
+        yield from map(Look(settings, index), texts)
         return
     # Not fork: a process that has threads may not. The server imports once what all of them need.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "presidio_analyzer", "presidio_anonymizer", "datasketch"])
-    pool = ProcessPoolExecutor(workers, context, initializer=_ignore_interrupts)
+    _start_server()
+    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(settings, index))
     waiting: collections.deque[Future[list[Looked]]] = collections.deque()
     try:
         for batch in _batches(texts):
-            waiting.append(pool.submit(task, batch))
+            waiting.append(_submitted(pool, batch))
             if len(waiting) > TASKS_AHEAD * workers:
-                yield from waiting.popleft().result()
+                yield from _asked(waiting.popleft().result)
         while waiting:
-            yield from waiting.popleft().result()
+            yield from _asked(waiting.popleft().result)
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)  # who was told to end has other things to clear away
+        raise
+    pool.shutdown()
+
+
+def _submitted(pool: ProcessPoolExecutor, batch: list[str]) -> Future[list[Looked]]:
+    """This may begin a process. A signal that would interrupt it waits: the pool would not know of that process, which
+    would tell at length that it has no pool."""
+    if threading.current_thread() is not threading.main_thread():
+        return _asked(pool.submit, _look_at, batch)
+    came: list[int] = []
+    before = {number: handler for number in SIGNALS if callable(handler := signal.getsignal(number))}
+    for number in before:
+        signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        return _asked(pool.submit, _look_at, batch)
     finally:
-        pool.shutdown(cancel_futures=True)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
-def _look_at(texts: list[str], settings: str, index: Path | None) -> list[Looked]:
-    return [*map(_made(settings, index), texts)]
+def _asked(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Of the pool."""
+    try:
+        return function(*arguments)
+    except (BrokenProcessPool, EOFError, OSError):
+        raise WorkerLost("a process that looked at rows was ended by the machine, which may have too little memory for "
+                         "as many: want fewer workers") from None
 
 
-@functools.lru_cache(maxsize=1)
-def _made(settings: str, index: Path | None) -> Look:
-    return Look(Settings.model_validate_json(settings), index)
+def _start_server() -> None:
+    """Ctrl-C goes to all processes of a terminal, and one that still imports would tell of it at length: the server of
+    processes, and so each of them, begins with the signal blocked."""
+    resource_tracker.ensure_running()  # which would unblock it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _ignore_interrupts() -> None:
-    """Ctrl-C goes to all processes of a terminal; the first one ends the others."""
+# Of a process of the pool, which makes it as it begins; or what went wrong, for the first task to tell.
+_made: Look | Exception
+
+
+def _begin(settings: Settings, index: Path | None) -> None:
+    global _made
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_first, daemon=True).start()
+    try:
+        _made = Look(settings, index)
+    except Exception as error:
+        _made = error
+
+
+def _end_with_the_first() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _look_at(texts: list[str]) -> list[Looked]:
+    if isinstance(_made, Exception):
+        raise _made
+    return [*map(_made, texts)]
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

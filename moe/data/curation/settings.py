@@ -71,7 +71,8 @@ class Decontaminate(Section):
 
     words: PositiveInt = 13
     short_words: PositiveInt = 8  # for items that have fewer than `words`
-    # A run of words that stands in more rows than this is a common phrase, not a copy of an item; null: none is.
+    # A run of words that stands in more rows than this is a common phrase, not a copy of an item, unless a row has half
+    # of the item's; null: none is.
     max_rows: PositiveInt | None = 10
 
 

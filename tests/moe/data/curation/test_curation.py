@@ -47,17 +47,6 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.fixture
-def sentences():
-    """A function: a text of so many words that no other has."""
-
-    def text(seed, words=60):
-        rng = random.Random(f"text {seed}")
-        return " ".join("".join(rng.choices("abcdefghijklmnoprstu", k=rng.randint(3, 9))) for _ in range(words)) + "."
-
-    return text
-
-
 NOTHING = dict(deidentify=None, filter=None, deduplicate=None, decontaminate=None)
 
 
@@ -133,6 +122,54 @@ def test_a_row_that_holds_a_piece_of_an_evaluation_goes(tmp_path, sentences):
     assert [row["id"] for row in read(tmp_path / "out/documents.jsonl")] == ["row-0", "row-2"]  # 9 words are too few
     (change,) = read(tmp_path / "out/changes.jsonl")
     assert (change["id"], change["item"]) == ("row-1", "q-7")
+
+
+def test_an_exam_is_looked_for_as_de_identified_too(tmp_path, sentences):
+    """What is left of a copy has no other run of the exam than one with the placeholder in it."""
+    start, end = sentences(1, 10).rstrip("."), sentences(2, 10)
+    item = f"{start} MRN: 00482913 {end}"
+    exam = tmp_path / "exam.jsonl"
+    exam.write_text(json.dumps({"text": item}) + "\n")
+    path = write(tmp_path / "notes.jsonl", [f"{sentences(3)} {item} {sentences(4)}", sentences(5)])
+    curate([path], tmp_path / "out", [exam], only(deidentify={}, decontaminate={}))
+    assert [row["id"] for row in read(tmp_path / "out/documents.jsonl")] == ["row-1"]
+
+
+def test_what_may_be_left_of_an_evaluation_is_told(tmp_path, sentences):
+    phrase = sentences("phrase", 14)
+    exam = tmp_path / "exam.jsonl"
+    exam.write_text("".join(json.dumps({"text": text}) + "\n" for text in (f"{phrase} {sentences(0)}", "Too short.")))
+    path = write(tmp_path / "notes.jsonl", [f"{sentences(n)} {phrase}" for n in range(1, 12)])
+    manifest = curate([path], tmp_path / "out", [exam], only(decontaminate={}))
+    assert manifest["rows"] == 11 and manifest["steps"][-1]["spared"] == 11
+    short, spared = manifest["warnings"][-2:]
+    assert short == "evaluation items that were not looked for, because they have fewer than 8 words: 1"
+    assert spared == ("rows that hold words of evaluation items and stay: 11, because more than 10 rows hold them, and "
+                      "they are less than 50% of any item")
+    assert phrase.split()[0] not in (tmp_path / "out/manifest.json").read_text()
+
+
+def test_a_row_that_cannot_be_searched_goes(tmp_path, monkeypatch):
+    monkeypatch.setattr("presidio_analyzer.pattern_recognizer.REGEX_TIMEOUT_SECONDS", 1)
+    path = write(tmp_path / "notes.jsonl", ["a" * 60 + " MRN: 00482913", "MRN: 00482914"])
+    settings = only(deidentify={"patterns": {"MRN": "(?:a|a|aa)+b"}})
+    curate([path], tmp_path / "out", settings=settings)
+    assert [row["text"] for row in read(tmp_path / "out/documents.jsonl")] == ["MRN: [MRN]"]
+    assert [change["reason"] for change in read(tmp_path / "out/changes.jsonl")[:1]] == ["too_hard_to_search"]
+
+
+def test_texts_without_words_are_no_copies_of_each_other(tmp_path, sentences):
+    path = write(tmp_path / "notes.jsonl", ["...", "!!!", sentences(1), "..."])
+    curate([path], tmp_path / "out", settings=only(deduplicate={}))
+    assert [row["id"] for row in read(tmp_path / "out/documents.jsonl")] == ["row-0", "row-1", "row-2"]
+
+
+def test_a_word_is_no_repetition(tmp_path):
+    path = write(tmp_path / "notes.jsonl", ["nodule", "two words", "three words here", "1", "again again again again"])
+    rules = {"min_words_for_repetition": 1, "min_words": 0, "mean_word_length": [0, 100], "min_letter_share": 0}
+    curate([path], tmp_path / "out", settings=only(filter=rules))
+    (change,) = read(tmp_path / "out/changes.jsonl")
+    assert change["id"] == "row-4" and change["reason"] == "repeated_phrase"
 
 
 def test_the_same_bytes_by_one_process_and_by_two(tmp_path, sentences):
