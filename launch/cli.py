@@ -12,16 +12,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from launch import checkpoint_cli, cluster_cli, data_cli, feedback_cli
-from launch.eval_cli import evaluate
-from launch.export_cli import export_model
-from launch.generate_cli import generate
+from launch.commands import checkpoint, data, feedback, launch
+from launch.commands.eval import evaluate
+from launch.commands.export import export_model
+from launch.commands.generate import generate
+from launch.commands.imports import import_model
+from launch.commands.merge import merge, optout
+from launch.commands.plan import plan
+from launch.commands.preflight import preflight
+from launch.commands.terminal import say
 from launch.graph import ClusterGone, Preempted, RunFailed, Stopped
-from launch.import_cli import import_model
-from launch.merge_cli import merge, optout
-from launch.plan.command import plan
-from launch.preflight_cli import preflight
-from launch.terminal import say
 from moe.errors import InputError
 from moe.train import preemption
 
@@ -82,10 +82,10 @@ app.command("import")(import_model)
 app.command("export")(export_model)
 app.command()(plan)
 app.command()(preflight)
-app.add_typer(cluster_cli.app, name="launch")
-app.add_typer(checkpoint_cli.app, name="checkpoint")
-app.add_typer(data_cli.app, name="data")
-app.add_typer(feedback_cli.app, name="feedback")
+app.add_typer(launch.app, name="launch")
+app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(data.app, name="data")
+app.add_typer(feedback.app, name="feedback")
 
 
 def main() -> None:

@@ -10,8 +10,8 @@ import yaml
 from typer.testing import CliRunner
 
 from benchmarks import bench_attention, bench_experts, harness
+from launch.commands.plan import plan
 from launch.plan import cluster as clusters
-from launch.plan.command import plan
 from moe.errors import InputError
 
 ROOT = Path(__file__).parents[3]

@@ -320,7 +320,7 @@ def test_the_command_knows_all_families():
     """Its help names them, so that asking for it needs no import of torch."""
     from inspect import signature
 
-    from launch.export_cli import export_model
+    from launch.commands.export import export_model
 
     said = signature(export_model).parameters["family"].annotation.__metadata__[0].help
     assert all(name in said for name in (*FAMILIES, exporting.OWN, exporting.AUTO))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from launch.terminal import bar, say, written
+from launch.commands.terminal import bar, say, written
 
 
 def import_model(

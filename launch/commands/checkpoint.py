@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import DownloadColumn
 from rich.table import Table
 
+from launch.commands.terminal import bar, say
 from launch.graph import RunFailed
-from launch.terminal import bar, say
 from moe.errors import InputError
 
 if TYPE_CHECKING:

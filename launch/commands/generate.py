@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from launch.use_options import Mix, Owners, chosen, load, mix_in
+from launch.commands.use_options import Mix, Owners, chosen, load, mix_in
 from moe.errors import InputError
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from launch.terminal import bar, written
-from launch.use_options import Mix, Owners, chosen, load, mix_in
+from launch.commands.terminal import bar, written
+from launch.commands.use_options import Mix, Owners, chosen, load, mix_in
 from moe.errors import InputError
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from launch.commands.terminal import say, written
 from launch.graph import RunFailed
-from launch.terminal import say, written
 from moe.config import STAKEHOLDERS
 from moe.errors import InputError
 from moe.whole import write_whole

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
+from launch.commands.terminal import say, written
 from launch.graph import RunFailed
-from launch.terminal import say, written
 from moe.errors import InputError
 from moe.whole import whole_or_absent
 

@@ -16,7 +16,7 @@ from moe.eval.bits import bits_per_byte
 from moe.hf import folder
 from moe.specialty.merge import merge, opt_out
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PATIENCE = 100  # seconds, on a busy machine
 
 

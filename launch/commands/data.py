@@ -15,8 +15,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from launch.commands.terminal import bar, say, written
 from launch.graph import RunFailed
-from launch.terminal import bar, say, written
 from moe.errors import InputError
 from moe.whole import whole_or_absent
 
