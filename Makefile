@@ -34,7 +34,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 		$(VENV)/bin/pip install --quiet --no-deps torch==$(TORCH)+cpu 2>/dev/null || \
 		$(VENV)/bin/pip install --quiet --no-deps --index-url https://download.pytorch.org/whl/cpu torch==$(TORCH); \
 	fi
-	$(VENV)/bin/pip install --quiet --editable '.[data,curate,dev]'
+	$(VENV)/bin/pip install --quiet --editable '.[data,curate,gguf,dev]'
 	touch $(INSTALLED)
 
 clean:

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from moe import run_start
+from moe import run_start, whole
 from moe.config_file import check, dump
 from moe.data.shards import Document, write
 from moe.errors import InputError
@@ -166,7 +166,7 @@ def test_a_run_is_one_process_s_and_its_config_is_whole_at_any_moment(run, job, 
         assert run.config.stat().st_ino == inode  # what is as it was is not written
         with pytest.raises(InputError, match="is being run by another process"):
             run_start.describe(run, job())
-    monkeypatch.setattr(run_start.os, "replace", lambda *_: 1 / 0)  # a kill
+    monkeypatch.setattr(whole.os, "replace", lambda *_: 1 / 0)  # a kill
     with pytest.raises(ZeroDivisionError):
         run_start.describe(run, job(train__steps=9))
     assert run.config.read_text() == before
