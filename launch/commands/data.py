@@ -121,7 +121,7 @@ def curate(
     """
     from moe.data.curation import settings as sections
     from moe.data.curation.curation import curate as run
-    from moe.data.curation.rows import WorkerLost
+    from moe.data.curation.workers import WorkerLost
 
     if (out is None) is not dry_run:
         raise InputError("want --out FOLDER, or --dry-run, and not both")

@@ -4,5 +4,5 @@
     Settings    what it does (settings)
 
 Reading order: settings, identifiers (what is looked for), characters and pieces (in what), deidentify, words, quality,
-duplicates, contamination, rows (the steps that look at one row), spool, account, curation.
+duplicates, contamination, rows (the steps that look at one row), workers, spool, account, curation.
 """

@@ -11,7 +11,7 @@ Writes  beside OUT, renamed at the end: OUT is whole, or absent. The rows that a
 Memory  40 bytes a row that passes the filter, and as much again for each step while it sorts; signatures and rows lie
         on the disk.
 Errors  InputError for a file that is no documents, an OUT that exists, absent packages, and where no row is left;
-        rows.WorkerLost for a process that the machine has ended; OSError where OUT cannot be written.
+        workers.WorkerLost for a process that the machine has ended; OSError where OUT cannot be written.
 
 De-identification looks at `text` alone: ids and other columns that stay are not looked into.
 """

@@ -1,22 +1,16 @@
 """What is done to one row without looking at the others: de-identify, filter, and what later steps compare it by.
 
 In several processes, in the order of the rows. Each process makes its own searchers, from the same settings, so that
-the result does not depend on how many there are. They end with the first one, however that ends.
+the result does not depend on how many there are.
 """
 
-import collections
+import contextlib
+import functools
 import hashlib
-import multiprocessing
-import os
-import signal
-import threading
+import itertools
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -26,14 +20,9 @@ from moe.data.curation.contamination import Index
 from moe.data.curation.deidentify import Deidentifier, TooHard
 from moe.data.curation.duplicates import PERMUTATIONS, Signer, normalised
 from moe.data.curation.settings import Settings
+from moe.data.curation.workers import in_order
 
 ROWS_PER_TASK, CHARACTERS_PER_TASK = 64, 200_000
-TASKS_AHEAD = 3  # for each process: read, and not yet looked at
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that tell a process to end
-
-
-class WorkerLost(RuntimeError):
-    """A process is gone before its rows were looked at."""
 
 
 @dataclass(frozen=True)
@@ -81,90 +70,19 @@ class Look:
 
 def look(texts: Iterable[str], settings: Settings, index: Path | None, workers: int) -> Iterator[Looked]:
     """One for each text, in their order; `index` is a folder where contamination.Index was saved. To be closed, if not
-    gone through: then what has not begun does not begin. Raises WorkerLost."""
+    gone through. Raises WorkerLost."""
+    make = functools.partial(_looker, settings, index)
     if workers == 1:
-        yield from map(Look(settings, index), texts)
+        yield from itertools.chain.from_iterable(map(make(), _batches(texts)))
         return
-    # Not fork: a process that has threads may not. The server imports once what all of them need.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "presidio_analyzer", "presidio_anonymizer", "datasketch"])
-    _start_server()
-    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(settings, index))
-    waiting: collections.deque[Future[list[Looked]]] = collections.deque()
-    try:
-        for batch in _batches(texts):
-            waiting.append(_submitted(pool, batch))
-            if len(waiting) > TASKS_AHEAD * workers:
-                yield from _asked(waiting.popleft().result)
-        while waiting:
-            yield from _asked(waiting.popleft().result)
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)  # who was told to end has other things to clear away
-        raise
-    pool.shutdown()
+    with contextlib.closing(in_order(_batches(texts), make, workers)) as answers:
+        for looked in answers:
+            yield from looked
 
 
-def _submitted(pool: ProcessPoolExecutor, batch: list[str]) -> Future[list[Looked]]:
-    """This may begin a process. A signal that would interrupt it waits: the pool would not know of that process, which
-    would tell at length that it has no pool."""
-    if threading.current_thread() is not threading.main_thread():
-        return _asked(pool.submit, _look_at, batch)
-    came: list[int] = []
-    before = {number: handler for number in SIGNALS if callable(handler := signal.getsignal(number))}
-    for number in before:
-        signal.signal(number, lambda number, frame: came.append(number))
-    try:
-        return _asked(pool.submit, _look_at, batch)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for number in came:
-            signal.raise_signal(number)
-
-
-def _asked(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Of the pool."""
-    try:
-        return function(*arguments)
-    except (BrokenProcessPool, EOFError, OSError):
-        raise WorkerLost("a process that looked at rows was ended by the machine, which may have too little memory for "
-                         "as many: want fewer workers") from None
-
-
-def _start_server() -> None:
-    """Ctrl-C goes to all processes of a terminal, and one that still imports would tell of it at length: the server of
-    processes, and so each of them, begins with the signal blocked."""
-    resource_tracker.ensure_running()  # which would unblock it
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-# Of a process of the pool, which makes it as it begins; or what went wrong, for the first task to tell.
-_made: Look | Exception
-
-
-def _begin(settings: Settings, index: Path | None) -> None:
-    global _made
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_the_first, daemon=True).start()
-    try:
-        _made = Look(settings, index)
-    except Exception as error:
-        _made = error
-
-
-def _end_with_the_first() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _look_at(texts: list[str]) -> list[Looked]:
-    if isinstance(_made, Exception):
-        raise _made
-    return [*map(_made, texts)]
+def _looker(settings: Settings, index: Path | None) -> Callable[[list[str]], list[Looked]]:
+    look_at = Look(settings, index)
+    return lambda texts: [*map(look_at, texts)]
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

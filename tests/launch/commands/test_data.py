@@ -174,10 +174,10 @@ def test_only_out_cannot_be_written(polyclinic, tmp_path, monkeypatch, curate_ex
 
 
 def test_a_lost_process_is_one_sentence_and_status_1(polyclinic, tmp_path, monkeypatch, curate_extra):
-    from moe.data.curation import rows
+    from moe.data.curation import rows, workers
 
     def lost(*_):
-        raise rows.WorkerLost("a process was ended: want fewer workers")
+        raise workers.WorkerLost("a process was ended: want fewer workers")
         yield
 
     monkeypatch.setattr(rows, "look", lost)

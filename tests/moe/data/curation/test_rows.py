@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from moe.data.curation import rows
+from moe.data.curation import rows, workers
 from moe.data.curation.contamination import Index, Item
 from moe.data.curation.settings import Deidentify, Settings
 from moe.errors import InputError
@@ -53,7 +53,7 @@ def test_a_process_that_is_killed_is_missed(sentences, no_more_processes):
                     os.kill(process.pid, signal.SIGKILL)
             yield sentences(n % 7)
 
-    with pytest.raises(rows.WorkerLost, match="want fewer workers"):
+    with pytest.raises(workers.WorkerLost, match="want fewer workers"):
         for _ in rows.look(texts(), PLAIN, None, workers=2):
             pass
 
