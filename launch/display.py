@@ -104,6 +104,8 @@ class Display:
 
     def _left(self, stage: str, row: dict[str, Any]) -> str:
         since, first = self._first_seen[stage]
+        if row["step"] == self._steps[stage]:
+            return "finishing"  # which may take minutes: a router is fitted, a checkpoint written
         if row["step"] <= first:
             return ""
         return _clock((time.time() - since) / (row["step"] - first) * (self._steps[stage] - row["step"])) + " left"

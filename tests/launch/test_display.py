@@ -56,6 +56,13 @@ def test_a_time_that_cannot_be_told_is_not_promised(clock):
     assert " left" not in file.getvalue()
 
 
+def test_after_its_last_step_a_stage_is_finishing(clock):
+    view, file = shown()
+    with view:
+        view.update(progress(anchor="running"), {"anchor": {**ROW, "step": 10}})
+    assert file.getvalue().splitlines()[0].endswith("anchor 10/10 loss 2.500 1,234 tokens/s, finishing")
+
+
 def test_what_is_done_again_is_not_counted_as_slowness(clock):
     """After a restart from an earlier checkpoint the estimate begins anew."""
     view, file = shown()
