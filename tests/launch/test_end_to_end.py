@@ -117,6 +117,7 @@ def test_a_run_leaves_what_it_promises(first):
         assert specialty["merged_bpb"] < specialty["without_owner_bpb"], name
 
 
+@pytest.mark.slow
 def test_a_model_that_is_there_already_can_be_the_anchor(first, clinic):
     """Left as it is, bit for bit, also where packs are trained in another precision: they fit it wherever it lies."""
     base = model_folder.load(first / "stages/anchor/model")
@@ -144,22 +145,22 @@ def test_no_training_text_is_in_what_a_run_says(first, clinic):
             assert phrase not in path.read_text(errors="replace"), path
 
 
-def test_stopped_and_resumed_is_the_same_run(clinic, first):
-    """Ctrl-C once while the anchor trains, and once while packs do: a checkpoint, status 130; then --resume ends where
-    `first` has ended."""
-    stopped = clinic / "runs/stopped"
-    for stage, steps, resume in (("anchor", 150, ()), ("pack-radiology", 60, ("--resume",))):
-        metrics, process = stopped / "stages" / stage / "metrics.jsonl", start(clinic, "run.name=stopped", *resume)
-        deadline = time.time() + TIMEOUT
-        while time.time() < deadline and process.poll() is None and not (metrics.exists() and len(read(metrics)) > 5):
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        status, shown, complained = finish(process)
-        assert status == 130 and "--resume goes on from there" in complained, f"{shown}\n{complained}"
-        done = len(read(metrics))
-        assert 5 < done < steps, "stopped amid the stage"
-        assert (stopped / "stages" / stage / f"checkpoints/step-{done:08}").is_dir()
-    run(clinic, "stopped", "--resume")
+@pytest.mark.parametrize("stage, steps", [pytest.param("anchor", 150, marks=pytest.mark.slow), ("pack-radiology", 60)])
+def test_stopped_and_resumed_is_the_same_run(clinic, first, stage, steps):
+    """Ctrl-C while one job trains, or two side by side: a checkpoint, status 130; then --resume ends where `first` has
+    ended."""
+    stopped = clinic / f"runs/stopped-{stage}"
+    folder, process = stopped / "stages" / stage, start(clinic, f"run.name={stopped.name}")
+    metrics, deadline = folder / "metrics.jsonl", time.time() + TIMEOUT
+    while time.time() < deadline and process.poll() is None and not (metrics.exists() and len(read(metrics)) > 5):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    status, shown, complained = finish(process)
+    assert status == 130 and "--resume goes on from there" in complained, f"{shown}\n{complained}"
+    done = len(read(metrics))
+    assert 5 < done < steps, "stopped amid the stage"
+    assert (folder / f"checkpoints/step-{done:08}").is_dir()
+    run(clinic, stopped.name, "--resume")
     assert results(stopped) == results(first)
 
 
@@ -186,8 +187,11 @@ def test_an_owner_leaves_a_finished_run(clinic, first):
 
 
 def test_one_owners_data_moves_nothing_outside_its_pack(clinic, first):
-    """Non-interference: noise for billing's text, all else equal; every other tensor keeps its bits."""
-    noise = run(clinic, "noise", "owners.billing.data={noise_documents: 150, documents: []}")
+    """Non-interference: noise for billing's text, all else equal; every other tensor keeps its bits. Owners who join
+    later begin so, too: with the anchor that is there."""
+    anchor = first / "stages/anchor/model"
+    noise = run(clinic, "noise", f"base.model={anchor}", "anchor.steps=0",
+                "owners.billing.data={noise_documents: 150, documents: []}")  # fmt: skip
     radiology, other = (Pack.load(each / "packs/radiology").hashes() for each in (first, noise))
     assert radiology == other
     billing, other = (Pack.load(each / "packs/billing").hashes() for each in (first, noise))

@@ -248,7 +248,7 @@ def changes_of_some_rows(tmp_path):
 
 
 @pytest.mark.parametrize("number, status, workers", [
-    (signal.SIGTERM, 143, 1), (signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 2), (signal.SIGHUP, 129, 1),
+    (signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 2), (signal.SIGHUP, 129, 1),
 ])  # fmt: skip
 def test_who_is_told_to_end_leaves_nothing(curating, tmp_path, number, status, workers):
     process = curating(workers)

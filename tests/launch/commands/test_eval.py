@@ -120,7 +120,7 @@ def test_a_machine_that_is_taken_away_keeps_no_text(saved, tmp_path):
     """SIGTERM is how clusters end a job: of the documents that were packed for it nothing stays behind."""
     (tmp_path / "scratch").mkdir()
     text = " ".join(f"word{n}" for n in range(200))
-    (tmp_path / "many.jsonl").write_text(f'{{"text": "{text}"}}\n' * 20_000)
+    (tmp_path / "many.jsonl").write_text(f'{{"text": "{text}"}}\n' * 5_000)
     code = "from launch.cli import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, "eval", str(saved), str(tmp_path / "many.jsonl")], stderr=subprocess.PIPE,
