@@ -11,16 +11,12 @@ def kill(pid, number=signal.SIGKILL):
 
 
 def test_a_run_outlives_what_happens_to_it(run):
-    """One run, hurt three times: the short selection. No failure is counted twice where checkpoints come between."""
+    """One run, hurt twice: the short selection."""
     hurt = run("cluster.min_workers=1")
     hurt.until_step(12)
     event = hurt.hurt("kill -9 of a worker", kill(hurt.rank(1)["pid"]))
     assert event["event"] == "failed" and "rank 1 on " in event["reason"] and "died" in event["reason"], event
     hurt.until_step(hurt.saved() + 12)
-    event = hurt.hurt("a rank sleeps", (hurt.faults / "hang-1").touch)
-    assert event["event"] == "failed" and "rank 1 on " in event["reason"], event
-    assert "hung in micro-batch" in event["reason"] and "sitecustomize.py" in event["reason"], event
-    assert "rank 0 only waited for it" in event["reason"], event
     assert hurt.end(signal.SIGTERM) == 75
     assert f"step-{hurt.step():08}" in os.listdir(hurt.folder / "checkpoints"), "it stopped at a checkpoint"
     said = hurt.said()
@@ -34,6 +30,20 @@ def test_sigterm_to_a_worker_stops_the_job_at_a_checkpoint(run):
     hurt.until_step(12)
     event = hurt.hurt("SIGTERM to a worker", kill(hurt.rank(1)["pid"], signal.SIGTERM))
     assert event["event"] == "preempted" and "rank 1 on " in event["reason"], event
+    assert hurt.end() == 130
+
+
+@pytest.mark.faults
+def test_a_rank_that_sleeps_is_found(run):
+    """Also where another has been killed before: no failure is counted twice where checkpoints come between."""
+    hurt = run()
+    hurt.until_step(12)
+    hurt.hurt("kill -9 of a worker", kill(hurt.rank(1)["pid"]))
+    hurt.until_step(hurt.saved() + 12)
+    event = hurt.hurt("a rank sleeps", (hurt.faults / "hang-1").touch)
+    assert event["event"] == "failed" and "rank 1 on " in event["reason"], event
+    assert "hung in micro-batch" in event["reason"] and "sitecustomize.py" in event["reason"], event
+    assert "rank 0 only waited for it" in event["reason"], event
     assert hurt.end() == 130
 
 
