@@ -20,7 +20,7 @@ from launch.commands.imports import import_model
 from launch.commands.merge import merge, optout
 from launch.commands.plan import plan
 from launch.commands.preflight import preflight
-from launch.commands.terminal import say
+from launch.commands.terminal import say, written
 from launch.graph import ClusterGone, Preempted, RunFailed, Stopped
 from moe.errors import InputError
 from moe.train import preemption
@@ -71,7 +71,9 @@ def report(run: Annotated[Path, typer.Argument(help="A finished run's folder, su
     from moe.report.page import write_page
     from moe.run_folder import RunFolder
 
-    say(str(write_page(RunFolder(run))))
+    folder = RunFolder(run)
+    with written(folder.report):
+        say(str(write_page(folder)))
 
 
 app.command("eval")(evaluate)

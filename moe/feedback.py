@@ -115,7 +115,11 @@ def read(queue: Path, owner: str | None = None, stakeholder: str | None = None) 
     for path in sorted(queue.glob("*.jsonl")):
         if owner not in (None, path.stem):
             continue
-        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        try:
+            content = path.read_bytes()
+        except OSError as error:  # the files are their writer's alone
+            raise InputError(f"{path} cannot be read: {error.strerror}") from error
+        for number, line in enumerate(content.splitlines(keepends=True), start=1):
             if not line.endswith(b"\n"):
                 break  # being written, or what a power cut has left
             where = f"{path} line {number}"

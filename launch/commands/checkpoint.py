@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import DownloadColumn
 from rich.table import Table
 
-from launch.commands.terminal import bar, say
+from launch.commands.terminal import bar, say, written
 from launch.graph import RunFailed
 from moe.errors import InputError
 
@@ -159,6 +159,7 @@ def convert(
     from moe.data.tokenizer import fits, load, load_config
     from moe.hf import folder
     from moe.hf.from_checkpoint import model_of
+    from moe.whole import whole_or_absent
 
     section, vocab_size = _described(checkpoint)
     file = tokenizer or _tokenizer_of_run(checkpoint.path)
@@ -168,7 +169,8 @@ def convert(
                          f"of checkpoint {checkpoint.path}")
     if damages := _verified(checkpoint):
         raise InputError(f"checkpoint {checkpoint.path} is damaged: {damages[0]}; want a whole one")
-    folder.save(out, model_of(checkpoint, section, tokens, getattr(torch, dtype), load_config(file)))
+    with written(out), whole_or_absent(out) as partial:
+        folder.write(partial, model_of(checkpoint, section, tokens, getattr(torch, dtype), load_config(file)))
     say(f"{out}: the model after {checkpoint.state.step} updates, in {dtype}")
 
 

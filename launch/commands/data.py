@@ -2,12 +2,10 @@
 
 import json
 import os
-import signal
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from launch.commands.terminal import bar, say, written
+from launch.commands.terminal import bar, ended_in_order, say, written
 from launch.graph import RunFailed
 from moe.errors import InputError
 from moe.whole import whole_or_absent
@@ -129,7 +127,7 @@ def curate(
     given = {name: value for name, value in (("names", names), ("key", key)) if value is not None}
     if given:
         settings = settings.changed(**given)
-    with _ended_in_order(), written(out) if out else _counted(), bar() as shown:
+    with written(out) if out else _counted(), bar() as shown:
         task = shown.add_task("reading", total=None)
         try:
             manifest = run(inputs, out, against or [], settings, workers or len(os.sched_getaffinity(0)),
@@ -143,30 +141,11 @@ def curate(
 
 
 @contextmanager
-def _ended_in_order() -> Iterator[None]:
-    """Around what keeps text on the disk meanwhile: who tells it to end ends it by an exception, so that it clears that
-    away; and cannot do so twice."""
-    numbers = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-               if signal.getsignal(number) is not signal.SIG_IGN]  # as `nohup` has it
-
-    def end(number: int, frame: FrameType | None) -> None:
-        for each in numbers:
-            signal.signal(each, signal.SIG_IGN)
-        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-
-    before = [(number, signal.signal(number, end)) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in before:
-            signal.signal(number, handler)
-
-
-@contextmanager
 def _counted() -> Iterator[None]:
     """Around what writes nothing that stays."""
     try:
-        yield
+        with ended_in_order():
+            yield
     except OSError as error:
         raise RunFailed(f"no room in {tempfile.gettempdir()} for the rows meanwhile: {error.strerror or error}; set "
                         "TMPDIR to a folder that has it") from error

@@ -1,6 +1,7 @@
 """`polyclinic generate`: a model goes on with a text, and says which experts each token used. Needs no cluster."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 COLORS = ("cyan", "magenta", "green", "yellow", "blue", "red")
 ANCHOR = "anchor"
+LEAST_TEMPERATURE = 1e-6  # by less than that logits are divided out of float32's range
 
 
 def generate(
@@ -26,7 +28,8 @@ def generate(
     max_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.8,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that make up so much of all.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="Of the drawing: the same one draws the same tokens.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the drawing: the same, and so are the tokens.")]
+    = 0,
     owners: Owners = None,
     mix: Mix = None,
     experts: Annotated[bool, typer.Option("--experts", help="Show each token's expert in every layer.")] = False,
@@ -37,9 +40,15 @@ def generate(
     Examples: polyclinic generate runs/quickstart/model "The chest radiograph shows" --experts;
     polyclinic generate runs/quickstart/model "Modifier 25" --owners billing --temperature 0
     """
-    text = sys.stdin.read() if prompt is None else prompt
+    try:
+        text = sys.stdin.read() if prompt is None else prompt
+        text.encode()  # an argument of other bytes has surrogates
+    except UnicodeError as error:
+        raise InputError("the prompt is not in UTF-8: want text that is") from error
     if not text:
         raise InputError("the prompt is empty: want text, as an argument or on the standard input")
+    if temperature and not LEAST_TEMPERATURE <= temperature < math.inf:
+        raise InputError(f"--temperature {temperature:g}: want 0, or at least {LEAST_TEMPERATURE:g} and finite")
     if not 0 < top_p <= 1:
         raise InputError(f"--top-p {top_p:g}: want more than 0 and at most 1")
     from moe.data import tokenizer as tokenizers

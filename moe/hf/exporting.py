@@ -61,7 +61,8 @@ def export_folder(source: Path, out: Path, family: str = AUTO, precision: str | 
         raise InputError(f"{out} exists: want a folder that is not there yet")
     ours = Source(source)
     outline = model_folder.outline(source)
-    dtype = _check(ours, outline) if precision is None else PRECISIONS[precision]
+    stored = _check(ours, outline)
+    dtype = stored if precision is None else PRECISIONS[precision]
     tokenizer = tokenizers.load(source / "tokenizer.json")
     family, their_config = _target(ours, outline, family)
     plan = _plan(family, outline)

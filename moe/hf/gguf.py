@@ -28,7 +28,11 @@ from moe.manifest import file_hash
 
 PACKAGES = ("gguf", "accelerate")
 ARCHITECTURES = ("llama", "qwen3")  # of whose tensors each has one place in transformers: stacked experts have not
-NEEDED = ("context_length", "attention.layer_norm_rms_epsilon")  # for which transformers has a number of its own
+# For which transformers has a number of its own.
+NEEDED = ("context_length", "attention.layer_norm_rms_epsilon", "attention.head_count")
+# What transformers passes over of tokenizer.ggml.pre, which says how text is cut before it is merged (llama.cpp's).
+GPT2, GPT2_BEHIND_DIGITS = ("gpt-2", "mpt", "olmo", "jais"), ("smollm", "starcoder", "refact", "command-r", "codeshell")
+LISTS = tuple(f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type", "merges"))
 INSTEAD = "the model as a folder in Hugging Face layout"
 HEAD, FREQUENCIES = "output.weight", "rope_freqs.weight"
 
@@ -45,11 +49,11 @@ def import_gguf(file: Path, out: Path, shard_bytes: int = SHARD_BYTES,
         raise InputError(f"{file} cannot be read without {' and '.join(absent)}: pip install {' '.join(absent)}")
     if out.exists():
         raise InputError(f"{out} exists: want a folder that is not there yet")
-    _check(file)
+    before_merging = _check(file)
     origin = {"gguf": {"file": file.name, "sha256": file_hash(file)}}
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-        _dequantize(file, Path(folder))
+        _dequantize(file, Path(folder), before_merging)
         try:
             return import_folder(Path(folder), out, shard_bytes, progress, origin)
         except InputError as error:  # the folder is gone when somebody reads this
@@ -59,11 +63,11 @@ def import_gguf(file: Path, out: Path, shard_bytes: int = SHARD_BYTES,
 # --- before anything is read
 
 
-def _check(file: Path) -> None:
-    """That transformers takes every key and every tensor of the file, and has all that it needs. Raises InputError
-    naming one with which that is not so."""
-    header = _header(file)
-    said = {key: field.contents() for key, field in header.fields.items() if not key.startswith("tokenizer.")}
+def _check(file: Path) -> str | None:
+    """That transformers takes every key and every tensor of the file, and has all that it needs; the name of the way in
+    which text is cut before it is merged. Raises InputError naming one with which that is not so."""
+    header, said = _header(file)
+    of_tokenizer = {key: said.pop(key) for key in [*said] if key.startswith("tokenizer.")}
     if (count := said.get("split.count", 1)) > 1:
         first = re.sub(r"-\d+-of-(\d+)\.gguf$", r"-00001-of-\1.gguf", file.name)
         raise InputError(f"{file} is part {said.get('split.no', 0) + 1} of {count}: want all of them in one file, such "
@@ -73,6 +77,7 @@ def _check(file: Path) -> None:
                          f"or {INSTEAD}")
     config, names = _places(file, architecture)
     _check_keys(file, architecture, said, config)
+    _check_tokenizer(file, of_tokenizer)
     found = {tensor.name for tensor in header.tensors}
     for name in sorted(names - found - {HEAD}):
         raise InputError(f"{file}: tensor {name} is missing")
@@ -80,10 +85,11 @@ def _check(file: Path) -> None:
         why = " (it stretches the context, as in Llama 3.1)" if name == FREQUENCIES else ""
         raise InputError(f"{file}: tensor {name} is left over{why}, because transformers has no place for it in a "
                          f"{architecture} model: want {INSTEAD}")
+    return of_tokenizer.get("tokenizer.ggml.pre")
 
 
-def _header(file: Path) -> Any:
-    """The library's reader, by which no tensor has been read yet."""
+def _header(file: Path) -> tuple[Any, dict[str, Any]]:
+    """The library's reader, by which no tensor has been read yet, and what the keys say that are no long lists."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
 
     class Reader(GGUFReader):
@@ -99,7 +105,8 @@ def _header(file: Path) -> Any:
             super()._build_tensors(start_offs, fields)
 
     try:
-        return Reader(file)
+        reader = Reader(file)
+        return reader, {key: field.contents() for key, field in reader.fields.items() if key not in LISTS}
     except InputError:
         raise
     except Exception as error:  # what the library stumbles over has many types
@@ -142,17 +149,38 @@ def _check_keys(file: Path, architecture: str, said: dict[str, Any], config: Any
                          f"{wanted}, or {INSTEAD}")
 
 
+def _check_tokenizer(file: Path, said: dict[str, Any]) -> None:
+    """That what comes out cuts text as the model has learned it."""
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    known = sorted({*GGUF_PRE_TOKENIZER_SPLITS, *GPT2, *GPT2_BEHIND_DIGITS})
+    wanted: dict[str, tuple[Any, ...]] = {"model": ("gpt2", "llama")}
+    if said.get("tokenizer.ggml.model") == "gpt2":
+        wanted["pre"] = tuple(known)
+    else:
+        wanted["add_space_prefix"] = (None, True)
+    for key, values in wanted.items():
+        if (value := said.get(f"tokenizer.ggml.{key}")) not in values:
+            raise InputError(f"{file} has tokenizer.ggml.{key}={value!r}, by which transformers would cut text in "
+                             f"another way: want {' or '.join(map(str, values))}, or {INSTEAD}")
+
+
 # --- reading
 
 
-def _dequantize(file: Path, folder: Path) -> None:
+def _dequantize(file: Path, folder: Path, before_merging: str | None) -> None:
     """What `save_pretrained` would write, which refuses a model that was quantized."""
+    from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, output_loading_info=True, ignore_mismatched_sizes=True)
-        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        if before_merging in GPT2_BEHIND_DIGITS:
+            parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+        tokenizer.save_pretrained(folder)
     except Exception as error:  # what the library races through has many types
         raise InputError(f"{file} cannot be read: {error}") from error
     for name, got, wanted in sorted(report["mismatched_keys"]):

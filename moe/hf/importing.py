@@ -206,7 +206,10 @@ def _tokenizer_config(source: Path, tokenizer: Tokenizer, their_config: Any) -> 
         name = tokenizers.name_of(kind, config) or tokenizers.name_of(kind, names) or of_model
         config[f"{kind}_token"] = name
     if (source / TEMPLATE).is_file():
-        config["chat_template"] = (source / TEMPLATE).read_text(encoding="utf-8")
+        try:
+            config["chat_template"] = (source / TEMPLATE).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{source / TEMPLATE} is not in UTF-8: want a template that is") from error
     return config
 
 

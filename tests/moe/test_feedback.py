@@ -97,6 +97,12 @@ def test_a_queue_can_be_added_to_another(tmp_path):
         feedback.parse(rows[0] | {"id": rows[1]["id"]}, "here")
 
 
+def test_a_queue_of_somebody_else_is_named(tmp_path):
+    (tmp_path / "billing.jsonl").mkdir()
+    with pytest.raises(InputError, match="billing.jsonl cannot be read: Is a directory"):
+        list(feedback.read(tmp_path))
+
+
 @pytest.mark.parametrize("line", [{"text": "something else"}, ["id"], {"id": 3}], ids=str)
 def test_a_file_that_is_no_queue_is_named(line, tmp_path):
     (tmp_path / "billing.jsonl").write_text(json.dumps(line) + "\n")

@@ -148,7 +148,15 @@ class _Curation:
             total += count
         removed: dict[str, Counter] = defaultdict(Counter)
         found, touched, seen = Counter(), 0, 0
-        waiting: deque[tuple[int, int, dict]] = deque()  # of texts that are being looked at: origin, what else stays
+        # In the order of the rows: origin, number, what else stays, and why nobody looks at it, if so.
+        waiting: deque[tuple[int, int, dict, str | None]] = deque()
+
+        def note_unreadable() -> None:
+            """Of the rows that come next."""
+            while waiting and waiting[0][-1]:
+                origin, number, kept, reason = waiting.popleft()
+                removed["read"][reason] += 1
+                self.account.note(account.named(self._paths[origin], number, kept.get("id")), "read", reason=reason)
 
         def texts() -> Iterator[str]:
             nonlocal seen
@@ -157,20 +165,20 @@ class _Curation:
                     seen += 1
                     if not isinstance(row, dict):
                         raise InputError(f"{path} row {number} is no object: want one with a `text`")
-                    kept, named = self._columns(row), account.named(path, number, files.key(row))
-                    if reason := _unreadable(path, number, row.get("text"), kept):
-                        removed["read"][reason] += 1
-                        self.account.note(named, "read", reason=reason)
-                        continue
-                    waiting.append((origin, number, kept))
-                    yield row["text"]
+                    kept = self._columns(row)
+                    reason = _unreadable(path, number, row.get("text"), kept)
+                    waiting.append((origin, number, {"id": kept.get("id")} if reason else kept, reason))
+                    note_unreadable()
+                    if not reason:
+                        yield row["text"]
 
         with (
             (self._scratch / SIGNATURES).open("wb") as signatures,
             contextlib.closing(rows.look(texts(), self._settings, index, workers)) as looked_at,
         ):
             for looked in looked_at:
-                origin, number, kept = waiting.popleft()
+                note_unreadable()
+                origin, number, kept, _ = waiting.popleft()
                 named = account.named(self._paths[origin], number, kept.get("id"))
                 if looked.step:
                     removed[looked.step][looked.reason] += 1
@@ -187,6 +195,7 @@ class _Curation:
                     if self._signed:
                         signatures.write(looked.signature.tobytes())
                 tell("reading", seen, total)
+        note_unreadable()
         self._gone = np.zeros(len(self._exact), bool)
         self.account.step("read", total, removed["read"])
         left = total - removed["read"].total()

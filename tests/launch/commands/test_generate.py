@@ -87,6 +87,9 @@ def test_the_same_seed_draws_the_same_text_from_the_standard_input(saved):
     (("x", "--mix", "patient=1"), "group patient is not in this model: want none, because no pack of it has any"),
     (("",), "the prompt is empty"),
     (("x", "--top-p", "0"), "--top-p 0: want more than 0"),
+    (("x", "--temperature", "inf"), "--temperature inf: want 0, or at least 1e-06 and finite"),
+    (("x", "--temperature", "1e-40"), "--temperature 1e-40: want 0, or at least 1e-06 and finite"),
+    (("\udcff",), "the prompt is not in UTF-8"),
     (("the chest film " * 60,), "the prompt has .* tokens: want fewer than model.context_length="),
 ])
 def test_refuses(arguments, message, saved):

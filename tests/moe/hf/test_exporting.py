@@ -237,17 +237,18 @@ def change(folder, **changed):
 K_PROJ = "layers.1.attention.k_proj.weight"
 
 
+@pytest.mark.parametrize("precision", [None, "bfloat16"])
 @pytest.mark.parametrize("changed, said", [
     pytest.param({K_PROJ: None}, r"k_proj\.weight is missing: want \[16, 32\]", id="dropped"),
     pytest.param({K_PROJ: torch.zeros(32, 16)}, r"k_proj\.weight is \[32, 16\]: want \[16, 32\]", id="transposed"),
     pytest.param({"more": torch.zeros(1)}, r"tensor more is \[1\]: want no such tensor", id="left-over"),
     pytest.param({K_PROJ: torch.zeros(16, 32).int()}, r"k_proj\.weight is I32: want one of", id="no-float"),
 ])  # fmt: skip
-def test_a_tensor_that_does_not_fit_is_named(saved, changed, said):
+def test_a_tensor_that_does_not_fit_is_named(saved, changed, said, precision):
     folder = saved()
     change(folder, **changed)
     with pytest.raises(InputError, match=said):
-        export_folder(folder, folder.with_name("out"))
+        export_folder(folder, folder.with_name("out"), precision=precision)
     assert [path.name for path in folder.parent.iterdir()] == ["ours"]
 
 

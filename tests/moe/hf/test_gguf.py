@@ -25,8 +25,9 @@ def file(tmp_path):
 def test_the_manifest_has_the_hash_of_the_file(file, make_checkpoint, tmp_path, monkeypatch):
     checkpoint, _ = make_checkpoint("llama")
     monkeypatch.setattr(gguf, "PACKAGES", ())
-    monkeypatch.setattr(gguf, "_check", lambda _: None)
-    monkeypatch.setattr(gguf, "_dequantize", lambda _, folder: shutil.copytree(checkpoint, folder, dirs_exist_ok=True))
+    monkeypatch.setattr(gguf, "_check", lambda _: "gpt-2")
+    monkeypatch.setattr(gguf, "_dequantize",
+                        lambda _, folder, pre: shutil.copytree(checkpoint, folder, dirs_exist_ok=True))
     written = gguf.import_gguf(file, tmp_path / "ours")
     assert written["gguf"] == {"file": "model.gguf", "sha256": hashlib.sha256(b"GGUF and more").hexdigest()}
     assert verify(tmp_path / "ours") == len(written["targets"])
@@ -55,11 +56,12 @@ TEXT, SPECIAL = 1, 3  # kinds of tokens
 @pytest.fixture
 def write(make_checkpoint, foreign, tmp_path):
     """A function: the file of a random model, and the folder it was made of. `tensors` change some by name, None leaves
-    one out, and `keys` those of the architecture; `change` may add to the rest."""
+    one out, and `keys` those of the architecture; `pre` says how text is cut; `change` may add to the rest."""
     library = pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
 
-    def file(family="llama-tied", tensors=None, keys=None, change=lambda writer: None, name="model.gguf", **changed):
+    def file(family="llama-tied", tensors=None, keys=None, change=lambda writer: None, name="model.gguf", pre="gpt-2",
+             **changed):  # fmt: skip
         folder, theirs = make_checkpoint(family, torch.float32, **changed)
         foreign(folder)
         config, architecture = theirs.config, family.partition("-")[0]
@@ -77,6 +79,8 @@ def write(make_checkpoint, foreign, tmp_path):
                 put(f"{architecture}.{key}", value)
         tokenizer = json.loads((folder / "tokenizer.json").read_text())["model"]
         writer.add_tokenizer_model("gpt2")
+        if pre is not None:
+            writer.add_tokenizer_pre(pre)
         writer.add_token_list(sorted(tokenizer["vocab"], key=tokenizer["vocab"].get))
         writer.add_token_types([SPECIAL] * 3 + [TEXT] * (len(tokenizer["vocab"]) - 3))
         writer.add_token_merges([" ".join(pair) for pair in tokenizer["merges"]])
@@ -159,7 +163,7 @@ def test_a_tensor_that_does_not_fit_is_named(write, tmp_path, tensors, said):
 
 def test_what_transformers_reports_missing_is_refused_too(write, tmp_path, monkeypatch):
     file, _ = write(tensors={UP: None})
-    monkeypatch.setattr(gguf, "_check", lambda _: None)
+    monkeypatch.setattr(gguf, "_check", lambda _: "gpt-2")
     with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight, .* is missing"):
         gguf.import_gguf(file, tmp_path / "ours")
 
@@ -184,10 +188,34 @@ def test_a_truncated_file_is_named_by_its_tensor(write, tmp_path):
     pytest.param({"attention.key_length": 16}, r"attention\.key_length=16, .* want 8", id="head-size"),
     pytest.param({"expert_count": 4}, r"expert_count=4, .* want 0", id="experts"),
     pytest.param({"attention.layer_norm_rms_epsilon": None}, r"layer_norm_rms_epsilon is missing", id="no-epsilon"),
+    pytest.param({"attention.head_count": None}, r"attention\.head_count is missing", id="no-heads"),
 ])  # fmt: skip
 def test_a_key_that_transformers_passes_over_is_refused(write, tmp_path, keys, said):
     file, _ = write(keys=keys)
     with pytest.raises(InputError, match=rf"model\.gguf.* llama\.{said}" if "missing" not in said else said):
+        gguf.import_gguf(file, tmp_path / "ours")
+
+
+@pytest.mark.parametrize("pre, cut", [("gpt-2", ["a", "Ġ", "Ġ12"]), ("smollm", ["a", "ĠĠ", "1", "2"])])
+def test_text_is_cut_as_the_file_says(write, tmp_path, pre, cut):
+    """transformers knows nothing of the second, and would take the first for it."""
+    file, _ = write(pre=pre)
+    gguf.import_gguf(file, tmp_path / "ours")
+    pieces = model_folder.load(tmp_path / "ours").tokenizer.pre_tokenizer.pre_tokenize_str("a  12")
+    assert [piece for piece, _ in pieces] == cut
+
+
+@pytest.mark.parametrize("pre", [None, "deepseek-llm"])
+def test_text_that_would_be_cut_in_another_way_is_refused(write, tmp_path, pre):
+    file, _ = write(pre=pre)
+    with pytest.raises(InputError, match=rf"model\.gguf has tokenizer\.ggml\.pre={pre!r}, by which .* gpt-2 or"):
+        gguf.import_gguf(file, tmp_path / "ours")
+
+
+def test_a_name_that_is_no_text_is_one_sentence(write, tmp_path):
+    file, _ = write(change=lambda writer: writer.add_string("general.name", "a name"))
+    file.write_bytes(file.read_bytes().replace(b"a name", b"\xff\xfename"))
+    with pytest.raises(InputError, match=r"model\.gguf cannot be read"):
         gguf.import_gguf(file, tmp_path / "ours")
 
 

@@ -175,10 +175,18 @@ def test_a_word_is_no_repetition(tmp_path):
 def test_the_same_bytes_by_one_process_and_by_two(tmp_path, sentences):
     texts = [f"{sentences(n)} MRN: {1000000 + n}. " for n in range(150)]
     path = write(tmp_path / "notes.jsonl", texts)
+    lines = path.read_text().splitlines(keepends=True)
+    for number in (3, 100, 149):
+        lines[number] = json.dumps({"id": f"row-{number}", "text": None}) + "\n"
+    lines[50] = json.dumps({"id": "row-50", "text": "Short."}) + "\n"
+    path.write_text("".join(lines))
     for workers in (1, 2):
         curate([path], tmp_path / f"by-{workers}", workers=workers)
     for name in ("documents.jsonl", "changes.jsonl", "manifest.json"):
         assert (tmp_path / "by-1" / name).read_bytes() == (tmp_path / "by-2" / name).read_bytes()
+    changes = [json.loads(line) for line in (tmp_path / "by-2/changes.jsonl").read_text().splitlines()]
+    rows = [change["row"] for change in changes if change["step"] in ("read", "deidentify", "filter")]
+    assert rows == sorted(rows) and {4, 51, 101, 150} <= {*rows}
 
 
 def test_no_text_is_in_the_account(tmp_path, sentences):
