@@ -13,7 +13,7 @@ def kill(pid, number=signal.SIGKILL):
 def test_a_run_outlives_what_happens_to_it(run):
     """One run, hurt twice: the short selection."""
     hurt = run("cluster.min_workers=1")
-    hurt.until_step(12)
+    hurt.until(lambda: hurt.saved() > 0)
     event = hurt.hurt("kill -9 of a worker", kill(hurt.rank(1)["pid"]))
     assert event["event"] == "failed" and "rank 1 on " in event["reason"] and "died" in event["reason"], event
     hurt.until_step(hurt.saved() + 12)

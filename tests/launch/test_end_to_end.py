@@ -214,6 +214,7 @@ def test_one_owners_data_moves_nothing_outside_its_pack(clinic, first):
             assert tensor_hashes({name: tensor}) == tensor_hashes({name: other})
 
 
+@pytest.mark.slow
 def test_a_corpus_row_without_text_ends_a_run_with_one_sentence(clinic, first):
     """Found by a worker, after the anchor's data has been read; resuming takes the mended file."""
     path = clinic / "billing.jsonl"
