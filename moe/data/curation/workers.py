@@ -11,11 +11,13 @@ import collections
 import contextlib
 import multiprocessing
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import connection, forkserver, resource_tracker
 from typing import Any
 
 AHEAD = 3  # questions for each process that are asked and not yet given the answer of
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that tell a process to end
 PRELOADED = ("moe.data.curation.rows", "presidio_analyzer", "presidio_anonymizer", "datasketch")  # once, for all
 
 
@@ -37,7 +39,8 @@ def in_order(questions: Iterable[Any], make: Callable[[], Callable[[Any], Any]],
     try:
         for question in questions:
             if not idle and len(crew) < workers:
-                crew.append(_Worker(context, make))
+                with _signals_wait():
+                    crew.append(_Worker(context, make))
                 idle.append(crew[-1])
             while not idle or asked - given >= AHEAD * workers:
                 idle.extend(_hear(crew, answers))
@@ -97,6 +100,26 @@ def _missed() -> Iterator[None]:
     except (EOFError, OSError):
         raise WorkerLost("a process that looked at rows was ended by the machine, which may have too little memory for "
                          "as many: want fewer workers") from None
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """One that comes meanwhile comes behind: amid the start of a process it would leave one that nobody knows of, and
+    that tells at length that nobody has told it what to do."""
+    if threading.current_thread() is not threading.main_thread():  # which no signal interrupts
+        yield
+        return
+    came: list[int] = []
+    before = {number: handler for number in SIGNALS if callable(handler := signal.getsignal(number))}
+    for number in before:
+        signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def _serve(pipe: connection.Connection, make: Callable[[], Callable[[Any], Any]]) -> None:
