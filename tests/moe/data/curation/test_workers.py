@@ -84,3 +84,25 @@ def test_who_goes_no_further_ends_them():
     with contextlib.closing(in_order(range(1000), POWERS, 2)) as answers:
         next(answers)
         assert multiprocessing.active_children()
+
+
+def test_a_signal_amid_the_start_of_a_process_comes_behind_it(monkeypatch):
+    """So that the process is known of, and ended."""
+    start, begun = multiprocessing.context.ForkServerProcess.start, []
+
+    def interrupted(process):
+        signal.raise_signal(signal.SIGTERM)
+        start(process)
+        begun.append(process)
+
+    def stop(number, frame):
+        raise SystemExit(number)
+
+    monkeypatch.setattr(multiprocessing.context.ForkServerProcess, "start", interrupted)
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(SystemExit):
+            list(in_order(range(3), POWERS, 2))
+        assert signal.getsignal(signal.SIGTERM) is stop and len(begun) == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
